@@ -1,0 +1,62 @@
+"""aftermax: softmax, and everything after it."""
+
+# query, key, value -> out
+from aftermax.attention import attention, attention_weights
+
+# what there is
+from aftermax.catalogue import CATALOGUE, Entry, find
+
+# the same with projections, positions and a cache
+from aftermax.dense import Dense, KeyValues, System
+from aftermax.modules import Attention
+from aftermax.positions import ALiBi, NoPositions, RoPE
+
+# what a query may see
+from aftermax.visible import Visible
+
+# scores -> weights: what `weights=` takes
+from aftermax.weights import (
+    LSSA,
+    LSSAR,
+    CosineSoftmax,
+    LSSARLog,
+    ReLA,
+    ReLUPower,
+    RowMap,
+    ScaleInvariantSoftmax,
+    Sigmoid,
+    Softmax,
+    SoftmaxOne,
+    SoftmaxSink,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CATALOGUE",
+    "LSSA",
+    "LSSAR",
+    "ALiBi",
+    "Attention",
+    "CosineSoftmax",
+    "Dense",
+    "Entry",
+    "KeyValues",
+    "LSSARLog",
+    "NoPositions",
+    "ReLA",
+    "ReLUPower",
+    "RoPE",
+    "RowMap",
+    "ScaleInvariantSoftmax",
+    "Sigmoid",
+    "Softmax",
+    "SoftmaxOne",
+    "SoftmaxSink",
+    "System",
+    "Visible",
+    "__version__",
+    "attention",
+    "attention_weights",
+    "find",
+]

@@ -1,0 +1,120 @@
+"""A row map as a system: the dense walk for a whole sequence, a key-value cache for the next token.
+
+Every system of the catalogue, of whatever kind, is a value with the three methods of `System`, so
+that the module, the laws of the contract suite and the lab need no other word for any of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from aftermax.attention import attention
+from aftermax.visible import Visible
+from aftermax.weights.row_map import RowMap
+
+
+class System(Protocol):
+    """query, key, value -> out, for a whole sequence or piece by piece."""
+
+    def learned(self, heads: int, value_dim: int) -> dict[str, Tensor]:
+        """Name -> initial value of what the system learns."""
+        ...
+
+    def attend(self, query, key, value, visible: Visible, **options) -> Tensor:
+        """All at once: (B, H, T, D), (B, Hkv, T, D), (B, Hkv, T, Dv) -> (B, H, T, Dv)."""
+        ...
+
+    def init_state(self, batch: int, kv_heads: int, key_dim: int, value_dim: int, **factory) -> Any:
+        """The state before the first token. States are values: `step` returns a new one."""
+        ...
+
+    def step(
+        self, query, key, value, state, visible: Visible, seen=None, **options
+    ) -> tuple[Tensor, Any]:
+        """The next tokens, one or many, after what `state` holds: (out, new state).
+
+        `seen`, bool (B, T), marks the new tokens that later queries may see; None = all.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """A key-value cache as a value. `seen` marks real tokens, so that counts are true counts."""
+
+    key: Tensor  # (B, Hkv, T, D), positions already applied
+    value: Tensor  # (B, Hkv, T, Dv)
+    seen: Tensor  # bool (B, T)
+
+    @property
+    def length(self) -> int:
+        """Tokens held, padding included: the position of the next token."""
+        return self.key.shape[-2]
+
+    @property
+    def count(self) -> Tensor:
+        """(B,) visible tokens held."""
+        return self.seen.sum(-1)
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.key, self.value, self.seen))
+
+    def append(self, key: Tensor, value: Tensor, seen: Tensor | None) -> KeyValues:
+        if seen is None:
+            seen = self.seen.new_ones((key.shape[0], key.shape[-2]))
+        return KeyValues(
+            torch.cat([self.key, key], -2),
+            torch.cat([self.value, value], -2),
+            torch.cat([self.seen, seen], -1),
+        )
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A row map with the dense walk and a key-value cache.
+
+    >>> from aftermax.weights import LSSAR
+    >>> system = Dense(LSSAR())
+    >>> state = system.init_state(1, 1, 4, 4)
+    >>> x = torch.randn(1, 1, 3, 4)
+    >>> out, state = system.step(x, x, x, state, Visible(causal=True))
+    >>> state.length, torch.equal(out, system.attend(x, x, x, Visible(causal=True)))
+    (3, True)
+    """
+
+    weights: RowMap
+
+    def learned(self, heads: int, value_dim: int) -> dict[str, Tensor]:
+        return self.weights.learned(heads, value_dim)
+
+    def attend(self, query, key, value, visible: Visible, **options) -> Tensor:
+        return attention(query, key, value, weights=self.weights, attn_mask=visible, **options)
+
+    def init_state(
+        self, batch: int, kv_heads: int, key_dim: int, value_dim: int, **factory
+    ) -> KeyValues:
+        return KeyValues(
+            torch.empty(batch, kv_heads, 0, key_dim, **factory),
+            torch.empty(batch, kv_heads, 0, value_dim, **factory),
+            torch.empty(batch, 0, dtype=torch.bool, device=factory.get("device")),
+        )
+
+    def step(self, query, key, value, state: KeyValues, visible: Visible, seen=None, **options):
+        if visible.mask is not None:
+            raise ValueError(
+                "step takes what later queries may see as `seen` (B, T), not as a mask"
+            )
+        held = state.append(key, value, seen)
+        visible = dataclasses.replace(visible, offset=state.length, mask=held.seen[:, None, None])
+        return self.attend(query, held.key, held.value, visible, **options), held
+
+
+def as_system(weights: RowMap | System) -> System:
+    """A row map with the dense walk; any other system as it is."""
+    return Dense(weights) if isinstance(weights, RowMap) else weights

@@ -1,0 +1,186 @@
+"""nn.Module shells around the functions; no mathematics here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from aftermax.dense import System, as_system
+from aftermax.positions import POSITIONS, NoPositions
+from aftermax.visible import Visible
+from aftermax.weights import RowMap, Softmax
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with any system of the catalogue.
+
+    Args:
+        width: of the tokens, in and out.
+        heads: query heads H.
+        weights: a row map (`LSSAR()`), or any `System`.
+        kv_heads: heads of key and value, a divisor of `heads`; None = `heads`.
+        head_dim: width of a head; None = width / heads.
+        positions: "rope", "p-rope" (half of the frequencies), "alibi", "none", or a value of
+            `aftermax.positions`.
+        qk_norm: RMSNorm with a learned gain over the head width of queries and keys, before
+            positions (Dehghani et al., arXiv 2302.05442, with RMSNorm). Idle in the cosine systems
+            but for its gain.
+        causal: a token sees itself and what came before.
+        window: tokens further back than this are not seen; None = all are.
+        dropout: on the weights, in training.
+        bias: of the four projections.
+        scale, impl: as in `aftermax.attention`.
+
+    Shapes: `forward` and `step` take (B, T, width) and return the same. What the system learns (a
+    sink, a gate, a scale) is in `self.learned`.
+
+    >>> import torch
+    >>> from aftermax import LSSAR
+    >>> attend = Attention(32, heads=4, weights=LSSAR())
+    >>> x = torch.randn(2, 5, 32)
+    >>> whole = attend(x)
+    >>> state = attend.init_state(batch=2)
+    >>> first, state = attend.step(x[:, :3], state)
+    >>> rest, state = attend.step(x[:, 3:], state)
+    >>> torch.allclose(torch.cat([first, rest], 1), whole, atol=1e-6)
+    True
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        weights: RowMap | System = Softmax(),  # noqa: B008, a frozen value
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        positions: str | NoPositions = "rope",
+        qk_norm: bool = False,
+        causal: bool = True,
+        window: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+        scale: float | None = None,
+        impl: str | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        if head_dim is None and width % heads:
+            raise ValueError(f"width {width} is not divisible by {heads} heads; give head_dim")
+        self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
+        if self.kv_heads < 1 or heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {heads}")
+        self.head_dim = head_dim or width // heads
+        self.positions = _positions(positions)
+        self.system = as_system(weights)
+        self.causal, self.window = causal, window
+        self.dropout, self.scale, self.impl = dropout, scale, impl
+
+        inner, kv_inner = heads * self.head_dim, self.kv_heads * self.head_dim
+        self.to_query = nn.Linear(width, inner, bias, **factory)
+        self.to_key = nn.Linear(width, kv_inner, bias, **factory)
+        self.to_value = nn.Linear(width, kv_inner, bias, **factory)
+        self.to_out = nn.Linear(inner, width, bias, **factory)
+        self.query_norm = (
+            nn.RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
+        )
+        self.key_norm = (
+            nn.RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
+        )
+        self.learned = nn.ParameterDict(
+            {
+                name: nn.Parameter(start.to(device=device, dtype=dtype))
+                for name, start in self.system.learned(heads, self.head_dim).items()
+            }
+        )
+        self.register_buffer("slopes", self.positions.slopes(heads), persistent=False)
+        if self.slopes is not None and device is not None:
+            self.slopes = self.slopes.to(device)
+
+    def forward(self, x: Tensor, visible: Tensor | Visible | None = None) -> Tensor:
+        """A whole sequence (B, T, width).
+
+        Args:
+            visible: None; a bool (B, T) mask of the tokens that may be seen (False = padding, whose
+                own outputs are then without meaning); or a `Visible`, taken as it is, causal or
+                not, with this module's ALiBi slopes added.
+        """
+        query, key, value = self.project(x, start=0)
+        out = self.system.attend(
+            query, key, value, self.what_is_visible(visible), **self._options()
+        )
+        return self._join(out)
+
+    def init_state(self, batch: int) -> object:
+        """The state before the first token, for `step`."""
+        weight = self.to_key.weight
+        return self.system.init_state(
+            batch,
+            self.kv_heads,
+            self.head_dim,
+            self.head_dim,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    def step(self, x: Tensor, state, seen: Tensor | None = None) -> tuple[Tensor, object]:
+        """The next tokens (B, T, width), one or many, after what `state` holds.
+
+        Args:
+            seen: bool (B, T), the new tokens that are real; None = all.
+
+        Returns:
+            out (B, T, width) and the new state; the old one stays as it was.
+        """
+        if not self.causal:
+            raise ValueError("step needs a causal module: a later token would change earlier rows")
+        query, key, value = self.project(x, start=state.length)
+        visible = self.what_is_visible(None)
+        out, state = self.system.step(query, key, value, state, visible, seen, **self._options())
+        return self._join(out), state
+
+    def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, H, T, D), key and value (B, Hkv, T, D), normed, placed from `start` on."""
+        if x.ndim != 3 or x.shape[-1] != self.to_query.in_features:
+            raise ValueError(f"expected (B, T, {self.to_query.in_features}), got {tuple(x.shape)}")
+        query = self.query_norm(self._split(self.to_query(x)))
+        key = self.key_norm(self._split(self.to_key(x)))
+        value = self._split(self.to_value(x))
+        return self.positions.rotate(query, start), self.positions.rotate(key, start), value
+
+    def what_is_visible(self, visible: Tensor | Visible | None) -> Visible:
+        """The module's own view (causal, window, ALiBi) joined with the caller's."""
+        if isinstance(visible, Visible):
+            return dataclasses.replace(visible, slopes=self.slopes)
+        mask = None if visible is None else visible[:, None, None]
+        return Visible(causal=self.causal, window=self.window, mask=mask, slopes=self.slopes)
+
+    def _options(self) -> dict:
+        return {
+            "enable_gqa": True,
+            "scale": self.scale,
+            "dropout_p": self.dropout if self.training else 0.0,
+            "impl": self.impl,
+            **self.learned,
+        }
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _join(self, out: Tensor) -> Tensor:
+        return self.to_out(out.transpose(1, 2).flatten(-2))
+
+    def extra_repr(self) -> str:
+        heads = f"heads={self.heads}, kv_heads={self.kv_heads}"
+        return f"{self.system}, {heads}, positions={self.positions}"
+
+
+def _positions(positions: str | NoPositions) -> NoPositions:
+    if isinstance(positions, NoPositions):
+        return positions
+    if positions not in POSITIONS:
+        raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+    return POSITIONS[positions]

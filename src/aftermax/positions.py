@@ -1,0 +1,89 @@
+"""Where a token stands: the one place that computes positions.
+
+A position encoding does at most two things: it turns the query and key vectors (RoPE), or it adds a
+term to the scores (ALiBi, through `Visible.slopes`). Both depend on index differences alone, so
+that padding on the left shifts nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoPositions:
+    """No position encoding ("NoPE"): order is known only through what each row sees."""
+
+    def rotate(self, vectors: Tensor, start: int) -> Tensor:
+        """Vectors (B, H, T, D) whose first token stands at position `start`."""
+        return vectors
+
+    def slopes(self, heads: int) -> Tensor | None:
+        """ALiBi slopes (H,), or None."""
+        return None
+
+
+@dataclass(frozen=True)
+class RoPE(NoPositions):
+    """Rotary positions (Su et al., arXiv 2104.09864), the halves of a head as pairs.
+
+    Args:
+        base: 10000, the paper's.
+        fraction: the share of frequencies that turn, from the highest down; below 1 this is p-RoPE
+            (Barbero et al., arXiv 2410.06205): the lowest frequencies, whose angles at long
+            distance were never trained, stay still.
+
+    >>> x = torch.ones(1, 1, 2, 4)
+    >>> RoPE(fraction=0.5).rotate(x, 0)[0, 0, 1]
+    tensor([-0.3012,  1.0000,  1.3818,  1.0000])
+    """
+
+    base: float = 10000.0
+    fraction: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"fraction is a share of the frequencies, 0 to 1, got {self.fraction}")
+
+    def rotate(self, vectors: Tensor, start: int) -> Tensor:
+        tokens, width = vectors.shape[-2:]
+        if width % 2:
+            raise ValueError(f"RoPE turns pairs and needs an even head width, got {width}")
+        half = width // 2
+        # float64 angles: at position 10^6 a float32 angle is already off by several hundredths
+        index = torch.arange(half, device=vectors.device, dtype=torch.float64)
+        frequency = self.base ** (-index / half) * (index < round(self.fraction * half))
+        position = torch.arange(start, start + tokens, device=vectors.device, dtype=torch.float64)
+        angle = position[:, None] * frequency
+        compute = torch.promote_types(vectors.dtype, torch.float32)
+        cos, sin = angle.cos().to(compute), angle.sin().to(compute)
+        left, right = vectors.to(compute).chunk(2, -1)
+        turned = torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+        return turned.to(vectors.dtype)
+
+
+@dataclass(frozen=True)
+class ALiBi(NoPositions):
+    """Attention with linear biases (Press et al., arXiv 2108.12409): score - slope_h * distance.
+
+    Slopes are 2^(-8 h / H) for h = 1 ... H; for a head count that is no power of two the paper's
+    code interleaves two such series, we use the one formula for all H.
+
+    >>> ALiBi().slopes(2)
+    tensor([0.0625, 0.0039])
+    """
+
+    def slopes(self, heads: int) -> Tensor:
+        return 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
+
+
+POSITIONS = {
+    "rope": RoPE(),
+    "p-rope": RoPE(fraction=0.5),
+    "alibi": ALiBi(),
+    "none": NoPositions(),
+}
+"""The encodings by the names that the command line uses."""

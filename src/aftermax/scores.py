@@ -1,0 +1,46 @@
+"""Query, key -> scores: what is compared, and the rules that scale it.
+
+A score is an inner product of prepared vectors; `dot` and `cosine` prepare them, `SCALES` of the
+systems (1/sqrt d, ln d, ln N_i) multiply the product. Rows are counted from `visible`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from aftermax.visible import count
+
+
+def dot(vectors: Tensor) -> Tensor:
+    """The plain inner product compares the vectors as they are."""
+    return vectors
+
+
+def cosine(vectors: Tensor) -> Tensor:
+    """L2-normalised along the head width, so that the inner product is a cosine in [-1, 1].
+
+    The floor of 1e-12 on the norm keeps a zero vector at zero instead of NaN.
+    """
+    return torch.nn.functional.normalize(vectors, dim=-1, eps=1e-12)
+
+
+def inv_sqrt_dim(head_dim: int) -> float:
+    """1 / sqrt(d): SDPA's default scale (Vaswani et al., arXiv 1706.03762)."""
+    return head_dim**-0.5
+
+
+def log_dim(head_dim: int) -> float:
+    """ln d, the width factor of the cosine systems (Gao & Spratling, arXiv 2501.13428)."""
+    return math.log(head_dim)
+
+
+def log_count(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """ln N_i for each row, (..., rows, 1): 0 for a row that sees one key or none."""
+    return count(visible, dtype).clamp_min(1).log()
+
+
+def add_bias(scores: Tensor, bias: Tensor | None) -> Tensor:
+    return scores if bias is None else scores + bias
