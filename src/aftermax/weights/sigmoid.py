@@ -14,6 +14,7 @@ Early rows get next to no attention under a constant n (mass n_i / n), by the au
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +33,8 @@ def sigmoid_weights(scores: Tensor, visible: Tensor, bias: Tensor | float) -> Te
     >>> sigmoid_weights(torch.zeros(1, 2), torch.tensor([[True, False]]), 0.0)
     tensor([[0.5000, 0.0000]])
     """
-    return torch.sigmoid(scores + bias).masked_fill(~visible, 0)
+    # hidden before, not after: sigmoid(-inf) is 0, and a hidden score that overflowed leaves no NaN
+    return torch.sigmoid((scores + bias).masked_fill(~visible, -math.inf))
 
 
 @dataclass(frozen=True)

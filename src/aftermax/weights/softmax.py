@@ -98,7 +98,8 @@ class Softmax(RowMap):
 
     def weigh(self, scores, rows: Rows, **learned: Tensor) -> Tensor:
         if self.scale_rule == "log_n":
-            scores = scores * (
+            # a hidden score that overflowed must not reach the gradient of s
+            scores = scores.masked_fill(~rows.visible, 0) * (
                 per_head(learned["s"], scores) * score.log_count(rows.visible, scores.dtype)
             )
         return softmax_weights(score.add_bias(scores, rows.bias), rows.visible)

@@ -20,6 +20,7 @@ rounding) has nothing to sharpen and takes its LSSA weights; else rounding noise
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ FLAT = 1e-6
 
 def softplus_rows(scores: Tensor, visible: Tensor) -> Tensor:
     """softplus(scores) = ln(1 + e^s), 0 where a key is not visible, exact at both ends."""
-    return torch.logaddexp(scores, scores.new_zeros(())).masked_fill(~visible, 0)
+    return torch.logaddexp(scores.masked_fill(~visible, -math.inf), scores.new_zeros(()))
 
 
 def lssa_weights(scores: Tensor, visible: Tensor) -> Tensor:
@@ -46,7 +47,8 @@ def lssa_weights(scores: Tensor, visible: Tensor) -> Tensor:
     tensor([[0.5000, 0.5000, 0.0000]])
     """
     f = softplus_rows(scores, visible)
-    return f / row_total(f)
+    # already 0 where hidden: this keeps a hidden key's gradient out of the row's total
+    return (f / row_total(f)).masked_fill(~visible, 0)
 
 
 def lssar_weights(scores: Tensor, visible: Tensor, power: float | Tensor) -> Tensor:
@@ -64,12 +66,13 @@ def lssar_weights(scores: Tensor, visible: Tensor, power: float | Tensor) -> Ten
     n = count(visible, f.dtype)
     mean = f.sum(-1, keepdim=True) / n.clamp_min(1)
     threshold = torch.where(n > 3, mean, 0)
-    above = (f - threshold).relu().masked_fill(~visible, 0)
+    above = (f - threshold).relu()  # 0 where hidden, where f is 0
     top = above.detach().amax(-1, keepdim=True)  # a factor of the row, which the norm cancels
     flat = top <= FLAT * mean
     share = above / torch.where(flat, 1, top)
-    sharpened = raise_to(share, power).masked_fill(~visible, 0)
-    return torch.where(flat, f / row_total(f), sharpened / row_total(sharpened))
+    sharpened = raise_to(share, power)
+    weights = torch.where(flat, f / row_total(f), sharpened / row_total(sharpened))
+    return weights.masked_fill(~visible, 0)  # as in `lssa_weights`
 
 
 @dataclass(frozen=True)
