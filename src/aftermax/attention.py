@@ -7,6 +7,7 @@ is checkpointed, so that the backward pass builds one block's scores at a time a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -79,15 +80,14 @@ def attention(
     query, key, value = (_four_dimensions(x) for x in (query, key, value))
     walk = _Walk.of(query, key, value, weights, attn_mask, is_causal, scale, enable_gqa, learned)
     blocks = list(walk.blocks())
-    needs_grad = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (query, key, value, *learned.values())
-    )
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in walk.tensors())
     out = []
-    for start, stop in blocks:
-        if needs_grad and len(blocks) > 1:
-            out.append(checkpoint(walk.out, start, stop, dropout_p, use_reentrant=False))
-        else:
-            out.append(walk.out(start, stop, dropout_p))
+    with _no_autocast(query.device):
+        for start, stop in blocks:
+            if needs_grad and len(blocks) > 1:
+                out.append(checkpoint(walk.out, start, stop, dropout_p, use_reentrant=False))
+            else:
+                out.append(walk.out(start, stop, dropout_p))
     joined = out[0] if len(out) == 1 else torch.cat(out, -2)
     return joined.reshape(*lead, *joined.shape[-2:])
 
@@ -111,7 +111,10 @@ def attention_weights(
             these rows is built whole.
 
     The other arguments are those of `attention`. What a row map does after the sum (`finish`) is
-    not in the weights.
+    not in the weights, and what it learns for that is not used.
+
+    Raises:
+        ValueError: as `attention`, and for rows that there are not.
 
     >>> q = k = torch.zeros(1, 1, 3, 4)
     >>> attention_weights(q, k, is_causal=True, rows=(1, 2))
@@ -119,12 +122,17 @@ def attention_weights(
     """
     query, key = _four_dimensions(query), _four_dimensions(key)
     value = key.new_zeros((*key.shape[:-1], 1))
+    unused = {name: x for name, x in learned.items() if _is_for_finish(weights, name)}
+    learned = {name: x for name, x in learned.items() if name not in unused}
     walk = _Walk.of(query, key, value, weights, attn_mask, is_causal, scale, enable_gqa, learned)
     start, stop = rows if rows is not None else (0, query.shape[-2])
+    if not 0 <= start <= stop <= query.shape[-2]:
+        raise ValueError(f"rows {rows} do not lie within the {query.shape[-2]} query rows")
     low, high = walk.visible.span(start, stop, key.shape[-2])
-    if low >= high:
-        return walk.query.new_zeros((*query.shape[:2], stop - start, key.shape[-2]))
-    block = walk.weights_of(start, stop, walk.rows(start, stop, (low, high)), (low, high))
+    seen = walk.rows(start, stop, (low, high))
+    with _no_autocast(query.device):
+        block = walk.weights_of(start, stop, seen, (low, high))
+    block = block.masked_fill(walk.poisoned(start, stop, seen, (low, high)), torch.nan)
     return torch.nn.functional.pad(block, (low, key.shape[-2] - high))
 
 
@@ -183,6 +191,11 @@ class _Walk:
         )
         return dataclasses.replace(walk, sequence=counted)
 
+    def tensors(self) -> list[Tensor]:
+        """All that a gradient may be wanted of."""
+        given = (self.query, self.key, self.value, self.visible.mask, self.visible.slopes)
+        return [x for x in (*given, *self.learned.values()) if x is not None]
+
     def block_rows(self) -> int:
         batch, heads = self.query.shape[:2]
         return max(1, BLOCK_SCORES // max(1, batch * heads * self.key.shape[-2]))
@@ -200,23 +213,41 @@ class _Walk:
         """(B, H, rows, keys of the span)."""
         key = self.key[:, :, span[0] : span[1]]
         scores = _matmul_grouped(self.query[:, :, start:stop], key.transpose(-1, -2))
+        if span[0] == span[1]:
+            return scores  # no keys, no weights
         return self.weights.weigh(scores, rows, **self.learned)
 
     def out(self, start: int, stop: int, dropout_p: float) -> Tensor:
         """Rows [start, stop) of the result, (B, H, rows, Dv), in the caller's dtype."""
         span = self.visible.span(start, stop, self.key.shape[-2])
-        if span[0] >= span[1]:
-            shape = (*self.query.shape[:2], stop - start, self.value.shape[-1])
-            return self.query.new_zeros(shape, dtype=self.dtype)
         rows = self.rows(start, stop, span)
         weights = self.weights_of(start, stop, rows, span)
         if dropout_p > 0:
             weights = torch.nn.functional.dropout(weights, dropout_p)
         out = _matmul_grouped(weights, self.value[:, :, span[0] : span[1]])
         out = self.weights.finish(out, **self.learned)
-        flawed = self.flawed_key[..., span[0] : span[1]] | self.flawed_query[:, :, start:stop]
-        poisoned = (rows.visible & flawed).any(-1, keepdim=True)
+        poisoned = self.poisoned(start, stop, rows, span)
+        if self.weights.mixes_heads:
+            poisoned = poisoned.any(1, keepdim=True)
         return out.masked_fill(poisoned, torch.nan).to(self.dtype)
+
+    def poisoned(self, start: int, stop: int, rows: Rows, span: tuple[int, int]) -> Tensor:
+        """(B, H, rows, 1): the rows that see what is not finite."""
+        flawed = self.flawed_key[..., span[0] : span[1]] | self.flawed_query[:, :, start:stop]
+        return (rows.visible & flawed).any(-1, keepdim=True)
+
+
+def _no_autocast(device: torch.device):
+    """Autocast would compute the products in half precision, which `_Walk` has just left."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _is_for_finish(weights: RowMap, name: str) -> bool:
+    """Whether this is learned of the summed rows: its shape then follows the value's width."""
+    narrow, wide = (weights.learned(1, width).get(name) for width in (1, 2))
+    return narrow is not None and wide is not None and narrow.shape != wide.shape
 
 
 def _four_dimensions(x: Tensor) -> Tensor:

@@ -85,7 +85,8 @@ class Visible:
         if self.window is not None:
             low = max(low, self.offset + start - self.window + 1)
             high = min(high, self.offset + stop - 1 + self.window)
-        return min(low, keys), max(high, 0)
+        low = min(low, keys)
+        return low, max(low, high)
 
     def rows(
         self, start: int, stop: int, span: tuple[int, int], device: torch.device, dtype: torch.dtype

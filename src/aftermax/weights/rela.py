@@ -30,7 +30,8 @@ def relu_weights(scores: Tensor, visible: Tensor, power: float = 1) -> Tensor:
     >>> relu_weights(torch.tensor([[-1.0, 2.0, 3.0]]), torch.tensor([[True, True, False]]))
     tensor([[0., 2., 0.]])
     """
-    return raise_to(scores.relu(), power).masked_fill(~visible, 0)
+    # hidden first: a hidden score that overflowed would be inf * 0 in the power's gradient
+    return raise_to(scores.masked_fill(~visible, 0).relu(), power)
 
 
 def rms_norm_heads(out: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -66,6 +67,10 @@ class ReLA(RowMap):
     def __post_init__(self):
         if self.norm not in ("gated", "rms", "none"):
             raise ValueError(f"rela needs norm = 'gated', 'rms' or 'none', got {self.norm!r}")
+
+    @property
+    def mixes_heads(self) -> bool:  # type: ignore[override]
+        return self.norm != "none"
 
     def weigh(self, scores, rows: Rows, **learned: Tensor) -> Tensor:
         return relu_weights(score.add_bias(scores, rows.bias), rows.visible)

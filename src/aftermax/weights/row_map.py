@@ -29,6 +29,8 @@ class RowMap:
     """The default factor of the scores, from the head width."""
     needs_sequence_count: ClassVar[bool] = False
     """Whether `Rows.sequence` must be filled in."""
+    mixes_heads: ClassVar[bool] = False
+    """Whether `finish` lets the heads of a token meet: what is NaN in one is then NaN in all."""
 
     def weigh(self, scores: Tensor, rows: Rows, **learned: Tensor) -> Tensor:
         """Weights of (B, H, rows, keys) scores; 0 wherever a key is not visible."""
