@@ -1,0 +1,550 @@
+"""The laws that bind every entry of the catalogue, whatever kind of system it is.
+
+A law talks to a system through the methods of `aftermax.System` alone (`attend`, `init_state`,
+`step`, `learned`), so that a linear, sparse or recurrent system meets the same laws as a row map.
+What a system cannot keep its entry declares, `exceptions={law: reason}`; `hold` then skips that law
+aloud, and a declared name that is no law is an error.
+
+Where a law says "equal" and both sides walk the same arithmetic, the tolerance is rounding in
+float64 (`EXACT`). No law is tested at a looser tolerance than its docstring states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from aftermax import Entry, Visible
+
+from .cases import (
+    F64,
+    Case,
+    View,
+    blocks_of,
+    case_of,
+    decode,
+    distances,
+    gradients,
+    masked_views,
+    plain_views,
+    weights_of,
+)
+from .naive import NAIVE
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def hold(entry: Entry, law: str) -> None:
+    """Hold the entry to the law, or skip it with the reason that the entry declares."""
+    if unknown := set(entry.exceptions) - set(LAWS):
+        raise AssertionError(f"{entry.name} excepts itself from no law: {', '.join(unknown)}")
+    if law in entry.exceptions:
+        pytest.skip(f"{entry.name} cannot keep {law}: {entry.exceptions[law]}")
+    LAWS[law](entry)
+
+
+def _equals_naive(entry: Entry, views: Callable[..., dict[str, View]], **options) -> None:
+    naive, heads, tokens = NAIVE[entry.name], 4, 9
+    for name, view in views(2, heads, tokens).items():
+        for kv_heads, value_width in ((4, 8), (2, 5)):
+            case = case_of(entry, kv_heads=kv_heads, value_width=value_width, tokens=tokens)
+            out = case.attend(entry, view.visible, enable_gqa=True, **options)
+            expected = naive(
+                *case[:3],
+                view.seen,
+                distance=distances(tokens),
+                bias=view.bias,
+                learned=case.learned,
+                **options,
+            )
+            assert_close(out, expected, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def law_equation(entry: Entry) -> None:
+    """1. It equals its equation written naively, to 1e-12: whole, causal, padded, with grouped
+    heads, with a value width of its own, and with a scale given."""
+    _equals_naive(entry, plain_views)
+    _equals_naive(entry, plain_views, scale=0.7)
+
+
+def law_masks(entry: Entry) -> None:
+    """1. It equals its equation under windows, bool and additive masks, ALiBi, to 1e-12."""
+    _equals_naive(entry, masked_views)
+
+
+def law_gradients(entry: Entry) -> None:
+    """2. Its gradients, those of what it learns included, are the derivatives (gradcheck)."""
+    case = case_of(entry, batch=1, heads=2, tokens=5, width=4, value_width=3).wanting_gradients()
+
+    def attend(query, key, value, *learned):
+        named = dict(zip(case.learned, learned, strict=True))
+        return Case(query, key, value, named).attend(entry, Visible(causal=True))
+
+    assert torch.autograd.gradcheck(attend, case.leaves)
+
+
+def law_mask_gradients(entry: Entry) -> None:
+    """2. The gradients of an additive mask and of ALiBi slopes are the derivatives."""
+    case = case_of(entry, batch=1, heads=2, tokens=5, width=4)
+    mask = masked_views(1, 2, 5)["float mask"].bias.requires_grad_()
+    slopes = torch.tensor([0.3, 0.1], dtype=F64, requires_grad=True)
+
+    def attend(mask, slopes):
+        return case.attend(entry, Visible(causal=True, mask=mask, slopes=slopes))
+
+    assert torch.autograd.gradcheck(attend, (mask, slopes))
+
+
+def law_invisible_keys(entry: Entry) -> None:
+    """3. A key that is not visible never matters: with NaN, inf or the largest number in its key,
+    its value or both, outputs and gradients are those of the clean call, bit for bit, in one block
+    and in many."""
+    last_two = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    last_two[..., -2:] = False
+    views = {
+        "masked": Visible(mask=last_two),
+        "causal, masked": Visible(causal=True, mask=last_two),
+        "float mask": Visible(mask=torch.zeros(last_two.shape).masked_fill(~last_two, -torch.inf)),
+    }
+    hidden = torch.zeros(9, 1, dtype=torch.bool)
+    hidden[-2:] = True
+    for scores, visible in ((s, v) for s in (2**21, 150) for v in views.values()):
+        with blocks_of(scores):
+            clean = case_of(entry).wanting_gradients()
+            expected = clean.attend(entry, visible)
+            expected_gradients = gradients(expected, clean)
+            for flaw in (torch.nan, torch.inf, -torch.inf, torch.finfo(F64).max):
+                for which in ("key", "value", "both"):
+                    flawed = clean.map(lambda x: x.detach())
+                    if which != "value":
+                        flawed = flawed._replace(key=flawed.key.masked_fill(hidden, flaw))
+                    if which != "key":
+                        flawed = flawed._replace(value=flawed.value.masked_fill(hidden, flaw))
+                    flawed = flawed.wanting_gradients()
+                    out = flawed.attend(entry, visible)
+                    assert_close(out, expected, rtol=0, atol=0)
+                    assert_close(gradients(out, flawed), expected_gradients, rtol=0, atol=0)
+
+
+def law_later_keys(entry: Entry) -> None:
+    """3. A later token never matters to an earlier row of a causal call, even if it is NaN, forward
+    and backward, in one block and in many; the rows that see it are NaN, each and whole."""
+    for scores, flaw in ((s, f) for s in (2**21, 150) for f in (torch.nan, torch.inf)):
+        with blocks_of(scores):
+            clean = case_of(entry).wanting_gradients()
+            flawed = clean.map(lambda x: x.detach())
+            flawed.key[1, :, 5] = flaw
+            flawed.value[0, :, 6, 0] = flaw
+            flawed.query[0, :, 3, 1] = flaw
+            flawed = flawed.wanting_gradients()
+            out = flawed.attend(entry, Visible(causal=True))
+            expected = clean.attend(entry, Visible(causal=True))
+
+            poisoned = torch.zeros(2, 1, 9, 1, dtype=torch.bool)
+            poisoned[1, :, 5:] = poisoned[0, :, 6:] = poisoned[0, :, 3] = True
+            assert_close(out, expected.masked_fill(poisoned, torch.nan), equal_nan=True, **EXACT)
+
+            sound = ~poisoned.expand_as(out)
+            assert_close(gradients(out[sound], flawed), gradients(expected[sound], clean), **EXACT)
+
+
+def law_flaw_of_one_head(entry: Entry) -> None:
+    """3. A visible NaN in one key head poisons the rows of the query heads that read it, and of
+    every head where the system mixes heads; no number that NaN went into looks sound."""
+    case = case_of(entry, kv_heads=2)
+    flawed = case.map(lambda x: x.clone())
+    flawed.key[0, 1, 4, 2] = torch.nan
+    poisoned = torch.zeros(2, 4, 9, 1, dtype=torch.bool)
+    poisoned[0, 2:, 4:] = True
+    if "head_independence" in entry.exceptions:
+        poisoned[0, :, 4:] = True
+    out = flawed.attend(entry, Visible(causal=True), enable_gqa=True)
+    expected = case.attend(entry, Visible(causal=True), enable_gqa=True)
+    assert_close(out, expected.masked_fill(poisoned, torch.nan), equal_nan=True, **EXACT)
+
+
+def law_empty_rows(entry: Entry) -> None:
+    """4. A row that sees nothing gives 0 and finite gradients, even if its own query is NaN, and
+    even if no row sees anything."""
+    for scores in (2**21, 150):
+        for empty in (slice(2, 4), slice(None)):
+            case = case_of(entry)
+            case.query[:, :, empty] = torch.nan
+            case = case.wanting_gradients()
+            mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+            mask[:, :, empty] = False
+            for visible in (
+                Visible(mask=mask),
+                Visible(causal=True, mask=mask),
+                Visible(mask=torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)),
+            ):
+                with blocks_of(scores):
+                    out = case.attend(entry, visible)
+                    assert torch.equal(out[:, :, empty], torch.zeros_like(out[:, :, empty]))
+                    assert out.isfinite().all()
+                    for gradient in gradients(out, case):
+                        assert gradient.isfinite().all()
+
+
+def law_prefix(entry: Entry) -> None:
+    """5. Prefix consistency: tokens added at the end never change earlier causal outputs."""
+    long = case_of(entry, tokens=11)
+    whole = long.attend(entry, Visible(causal=True))
+    for tokens in range(1, 11):
+        query, key, value = (x[:, :, :tokens] for x in long[:3])
+        out = Case(query, key, value, long.learned).attend(entry, Visible(causal=True))
+        assert_close(out, whole[:, :, :tokens], **EXACT)
+
+
+TOKENS = 10
+CUTS = st.lists(st.integers(1, TOKENS - 1), unique=True).map(sorted)
+
+
+def law_cached_decode(entry: Entry) -> None:
+    """6. Decoding with a cache equals the full pass, however the tokens are cut into pieces."""
+
+    @given(cuts=CUTS)
+    def equal(cuts: list[int]) -> None:
+        case = case_of(entry, tokens=TOKENS, kv_heads=2, value_width=5)
+        whole = case.attend(entry, Visible(causal=True), enable_gqa=True)
+        assert_close(decode(entry, case, Visible(causal=True), cuts), whole, **EXACT)
+
+    equal()
+
+
+def law_cached_padding(entry: Entry) -> None:
+    """6. So it does with padding on the left, on the right or anywhere, told by `seen`: at every
+    real token the cache gives what the full pass gives, and the padding counts for nothing."""
+
+    @given(cuts=CUTS, left=st.integers(0, 4), right=st.integers(0, 4), hole=st.booleans())
+    def equal(cuts: list[int], left: int, right: int, hole: bool) -> None:
+        case = case_of(entry, tokens=TOKENS)
+        seen = torch.ones(2, TOKENS, dtype=torch.bool)
+        seen[0, :left] = False
+        seen[1, TOKENS - right :] = False
+        seen[:, 5] = not hole
+        whole = case.attend(entry, Visible(causal=True, mask=seen[:, None, None]))
+        out = decode(entry, case, Visible(causal=True), cuts, seen)
+        real = seen[:, None, :, None].expand_as(out)
+        assert_close(out[real], whole[real], **EXACT)
+
+    equal()
+
+
+def law_walks(entry: Entry) -> None:
+    """7. One sum, however it is walked: whole, in blocks of any size and token by token give the
+    same outputs and the same gradients."""
+    case = case_of(entry, kv_heads=2).wanting_gradients()
+    whole = case.attend(entry, Visible(causal=True), enable_gqa=True)
+    expected = gradients(whole, case)
+    for scores in (1, 150, 400):
+        with blocks_of(scores):
+            out = case.attend(entry, Visible(causal=True), enable_gqa=True)
+            assert_close(out, whole, **EXACT)
+            assert_close(gradients(out, case), expected, **EXACT)
+    out = decode(entry, case, Visible(causal=True), list(range(1, 9)))
+    assert_close(out, whole, **EXACT)
+    assert_close(gradients(out, case), expected, **EXACT)
+
+
+def law_batch_mates(entry: Entry) -> None:
+    """8. A sequence never depends on those that share its batch, not even on NaN in them."""
+    for visible in (Visible(), Visible(causal=True)):
+        case = case_of(entry, batch=3)
+        together = case.attend(entry, visible)
+        for b in range(3):
+            query, key, value = (x[b : b + 1] for x in case[:3])
+            alone = Case(query, key, value, case.learned).attend(entry, visible)
+            assert_close(together[b : b + 1], alone, **EXACT)
+        for x in case[:3]:
+            x[1] = torch.nan
+        assert_close(case.attend(entry, visible)[::2], together[::2], rtol=0, atol=0)
+
+
+def law_key_order(entry: Entry) -> None:
+    """8. Where the call is not causal, the order of the keys is no information: keys, values and
+    mask permuted together change nothing, and permuted queries permute the rows."""
+    case = case_of(entry)
+    order = torch.tensor([4, 0, 8, 2, 6, 1, 7, 3, 5])
+    mask = masked_views(2, 4, 9)["bool mask"].seen
+    for visible, permuted in (
+        (Visible(), Visible()),
+        (Visible(mask=mask), Visible(mask=mask[..., order])),
+    ):
+        out = case.attend(entry, visible)
+        keys = case._replace(key=case.key[:, :, order], value=case.value[:, :, order])
+        assert_close(keys.attend(entry, permuted), out, **EXACT)
+    queries = case._replace(query=case.query[:, :, order])
+    assert_close(queries.attend(entry, Visible()), case.attend(entry, Visible())[:, :, order])
+
+
+def law_head_independence(entry: Entry) -> None:
+    """8. A head never depends on another: it alone, with its share of what is learned, gives what
+    it gives among the others."""
+    case = case_of(entry)
+    out = case.attend(entry, Visible(causal=True))
+    for h in range(4):
+        query, key, value = (x[:, h : h + 1] for x in case[:3])
+        learned = {name: x[h : h + 1] for name, x in case.learned.items()}
+        alone = Case(query, key, value, learned).attend(entry, Visible(causal=True))
+        assert_close(alone, out[:, h : h + 1], **EXACT)
+
+
+def law_grouped_queries(entry: Entry) -> None:
+    """9. Grouped queries equal repeated key and value heads, outputs and gradients; the value's
+    width is free."""
+    for kv_heads, value_width in ((1, 8), (2, 8), (2, 3), (4, 11)):
+        case = case_of(entry, kv_heads=kv_heads, value_width=value_width).wanting_gradients()
+        grouped = case.attend(entry, Visible(causal=True), enable_gqa=True)
+        repeated = case._replace(
+            key=case.key.repeat_interleave(4 // kv_heads, 1),
+            value=case.value.repeat_interleave(4 // kv_heads, 1),
+        ).attend(entry, Visible(causal=True))
+        assert grouped.shape == (2, 4, 9, value_width)
+        assert_close(grouped, repeated, **EXACT)
+        assert_close(gradients(grouped, case), gradients(repeated, case), **EXACT)
+
+
+HALF_SLACK = 2e-5
+"""Float32 error of an output of size 1 that law 11 allows on top of the rounding of the result.
+
+A score is off by about lambda * D * 2^-24, some 1e-5 for the sharpest of the systems (lambda =
+ln 64 ln 33 = 15); LSSAR multiplies a relative error by its power. Scores in bf16 would be off by
+1e-2, and the outputs of LSSAR by 1e-1: thousands of times the slack.
+"""
+
+
+def law_half_precision(entry: Entry) -> None:
+    """11. On half-precision inputs it errs from float64 on the same inputs by the rounding of the
+    result (half an ulp) and `HALF_SLACK`, forward; backward, by one rounding of each gradient and
+    one of the upstream sum, on the scale of the largest."""
+    for dtype in (torch.bfloat16, torch.float16):
+        ulp = torch.finfo(dtype).eps
+        rounded = case_of(entry, tokens=33, width=64).to(dtype)
+        half = rounded.wanting_gradients()
+        exact = rounded.to(F64).wanting_gradients()
+        out = half.attend(entry, Visible(causal=True))
+        expected = exact.attend(entry, Visible(causal=True))
+        assert out.dtype == dtype
+        assert_close(out.to(F64), expected, rtol=0.51 * ulp, atol=HALF_SLACK)
+
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+        halves = torch.autograd.grad(out, half.leaves, upstream)
+        exacts = torch.autograd.grad(expected, exact.leaves, upstream.to(F64))
+        for got, wanted in zip(halves, exacts, strict=True):
+            assert got.dtype == dtype
+            assert got.isfinite().all()
+            assert (got.to(F64) - wanted).abs().max() <= ulp * wanted.abs().max()
+
+
+def law_autocast(entry: Entry) -> None:
+    """11. Under autocast it still accumulates in float32: the result is what it is outside."""
+    for dtype in (torch.bfloat16, torch.float32):
+        case = case_of(entry, tokens=33, width=64).to(dtype)
+        expected = case.attend(entry, Visible(causal=True))
+        with torch.autocast("cpu", torch.bfloat16):
+            out = case.attend(entry, Visible(causal=True))
+        assert_close(out, expected, rtol=0, atol=0)
+
+
+class _Attend(torch.nn.Module):
+    """The system as a module, which export asks for."""
+
+    def __init__(self, entry: Entry, names: list[str], visible: Visible):
+        super().__init__()
+        self.entry, self.names, self.visible = entry, names, visible
+
+    def forward(self, query, key, value, *learned):
+        named = dict(zip(self.names, learned, strict=True))
+        return Case(query, key, value, named).attend(self.entry, self.visible)
+
+
+def law_compiles(entry: Entry) -> None:
+    """12. torch.compile takes it whole (fullgraph), forward and backward, with equal results.
+
+    The library registers no custom operator, so there is none to opcheck."""
+    torch._dynamo.reset()
+    case = case_of(entry, tokens=6).wanting_gradients()
+    module = _Attend(entry, list(case.learned), Visible(causal=True))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    expected, out = module(*case.leaves), compiled(*case.leaves)
+    assert_close(out, expected, **EXACT)
+    assert_close(gradients(out, case), gradients(expected, case), **EXACT)
+
+
+def law_exports(entry: Entry) -> None:
+    """12. torch.export takes it; the exported program gives equal results on other numbers."""
+    case, other = case_of(entry, tokens=6), case_of(entry, tokens=6, seed=1)
+    module = _Attend(entry, list(case.learned), Visible(causal=True))
+    exported = torch.export.export(module, tuple(case.leaves)).module()
+    assert_close(exported(*other.leaves), module(*other.leaves), **EXACT)
+
+
+# 10. what an entry declares of its weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A drawn case with masks, the tokens and sizes of its scores being hypothesis's choice."""
+
+    case: Case
+    visible: Visible
+    seen: Tensor
+
+
+def drawn(entry: Entry, seed: int, tokens: int, size: float) -> Drawn:
+    case = case_of(entry, tokens=tokens, seed=seed)
+    case = case._replace(query=case.query * size)
+    random = torch.Generator().manual_seed(seed)
+    mask = torch.rand(2, 1, tokens, tokens, generator=random) < 0.7
+    visible = Visible(causal=bool(seed % 2), mask=mask)
+    seen = mask & (distances(tokens) >= 0) if seed % 2 else mask
+    return Drawn(case, visible, seen.expand(2, 4, tokens, tokens))
+
+
+def _for_all_weights(entry: Entry, check: Callable[[Drawn, Tensor], None]) -> None:
+    @given(
+        seed=st.integers(0, 10**6),
+        tokens=st.integers(1, 40),
+        size=st.sampled_from([0.0, 1e-6, 0.1, 1.0, 10.0, 100.0]),
+    )
+    def holds(seed: int, tokens: int, size: float) -> None:
+        draw = drawn(entry, seed, tokens, size)
+        weights = weights_of(entry, draw.case, draw.visible)
+        assert weights[~draw.seen].eq(0).all()
+        check(draw, weights)
+
+    holds()
+
+
+def law_rows_sum_to_one(entry: Entry) -> None:
+    """10. Every row that sees a key sums to 1."""
+
+    def check(draw: Drawn, weights: Tensor) -> None:
+        assert_close(weights.sum(-1), draw.seen.any(-1).to(F64), **EXACT)
+
+    _for_all_weights(entry, check)
+
+
+def law_rows_at_most_one(entry: Entry) -> None:
+    """10. No row sums to more than 1."""
+
+    def check(draw: Drawn, weights: Tensor) -> None:
+        assert weights.sum(-1).max() <= 1 + 1e-12
+
+    _for_all_weights(entry, check)
+
+
+def law_non_negative(entry: Entry) -> None:
+    """10. No weight is negative."""
+
+    def check(draw: Drawn, weights: Tensor) -> None:
+        assert weights.min() >= 0
+
+    _for_all_weights(entry, check)
+
+
+def law_shift_invariant(entry: Entry) -> None:
+    """10. The same number added to every score of a row changes nothing."""
+
+    @given(shift=st.floats(-50, 50), seed=st.integers(0, 100))
+    def holds(shift: float, seed: int) -> None:
+        case = case_of(entry, seed=seed)
+        shifts = torch.full((2, 1, 9, 1), shift, dtype=F64)
+        plain = weights_of(entry, case, Visible(causal=True))
+        assert_close(weights_of(entry, case, Visible(causal=True, mask=shifts)), plain, **EXACT)
+
+    holds()
+
+
+def law_scale_free(entry: Entry) -> None:
+    """10. Queries and keys of any length, each its own, give the same weights."""
+
+    @given(seed=st.integers(0, 100), decades=st.floats(0, 6))
+    def holds(seed: int, decades: float) -> None:
+        case = case_of(entry, seed=seed)
+        random = torch.Generator().manual_seed(seed + 1)
+        lengths = 10 ** (decades * (torch.rand(2, 2, 4, 9, 1, generator=random, dtype=F64) - 0.5))
+        stretched = case._replace(query=case.query * lengths[0], key=case.key * lengths[1])
+        for visible in (Visible(), Visible(causal=True)):
+            weights = weights_of(entry, stretched, visible)
+            # the longest keys differ by rounding, which the sharpest maps multiply by their power
+            assert_close(weights, weights_of(entry, case, visible), rtol=1e-11, atol=1e-12)
+
+    holds()
+
+
+def _with_far_keys(entry: Entry, hidden: bool) -> tuple[Tensor, Tensor]:
+    """Weights of 9 keys, alone and beside 30 more: hidden, or seen but pushed away by a bias that
+    leaves them no weight at all."""
+    case, more = case_of(entry), case_of(entry, tokens=30, seed=5)
+    mask = torch.zeros(39, dtype=F64)
+    mask[9:] = -torch.inf if hidden else -1e4
+    beside = Case(
+        case.query, *(torch.cat(pair, 2) for pair in zip(case[1:3], more[1:3], strict=True)), {}
+    )
+    weights = weights_of(entry, beside._replace(learned=case.learned), Visible(mask=mask))
+    assert weights[..., 9:].abs().max() == 0
+    return weights_of(entry, case, Visible()), weights[..., :9]
+
+
+def law_hidden_keys_do_not_count(entry: Entry) -> None:
+    """10. Keys that are not visible are not counted: with 30 of them beside its own, every row has
+    the weights that it has alone."""
+    alone, beside = _with_far_keys(entry, hidden=True)
+    assert_close(beside, alone, **EXACT)
+
+
+def law_length_aware(entry: Entry) -> None:
+    """10. Where the formula counts keys, visible keys that get no weight still change the weights
+    (a row with all on one key has nothing to change, hence the median); where it does not, they
+    change nothing."""
+    alone, beside = _with_far_keys(entry, hidden=False)
+    if entry.laws.length_aware:
+        changed = (alone - beside).abs().amax(-1)
+        assert changed.median() > 1e-6
+    else:
+        assert_close(beside, alone, **EXACT)
+
+
+LAWS: dict[str, Callable[[Entry], None]] = {
+    "equation": law_equation,
+    "masks": law_masks,
+    "gradients": law_gradients,
+    "mask_gradients": law_mask_gradients,
+    "invisible_keys": law_invisible_keys,
+    "later_keys": law_later_keys,
+    "flaw_of_one_head": law_flaw_of_one_head,
+    "empty_rows": law_empty_rows,
+    "prefix": law_prefix,
+    "cached_decode": law_cached_decode,
+    "cached_padding": law_cached_padding,
+    "walks": law_walks,
+    "batch_mates": law_batch_mates,
+    "key_order": law_key_order,
+    "head_independence": law_head_independence,
+    "grouped_queries": law_grouped_queries,
+    "hidden_keys_do_not_count": law_hidden_keys_do_not_count,
+    "length_aware": law_length_aware,
+    "half_precision": law_half_precision,
+    "autocast": law_autocast,
+    "compiles": law_compiles,
+    "exports": law_exports,
+}
+"""The laws that bind all, by the names that `Entry.exceptions` uses."""
+
+DECLARED: dict[str, Callable[[Entry], None]] = {
+    "rows_sum_to_one": law_rows_sum_to_one,
+    "rows_at_most_one": law_rows_at_most_one,
+    "non_negative": law_non_negative,
+    "shift_invariant": law_shift_invariant,
+    "scale_free": law_scale_free,
+}
+"""The laws that bind the entries whose `Laws` declare them, by the field's name."""

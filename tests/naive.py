@@ -1,0 +1,199 @@
+"""Every equation of the catalogue as its paper prints it: the oracle that the library must equal.
+
+Nothing here is shared with the library, nothing is stable, masked or fast. A row's equation is
+handed the keys that the row sees and no others, so that a key that is not visible does not exist
+and N is simply how many there are. float64 throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Row(NamedTuple):
+    """One query and the N keys that it sees."""
+
+    query: Tensor  # (D,)
+    keys: Tensor  # (N, D)
+    bias: Tensor  # (N,) additive mask and ALiBi
+    distance: Tensor  # (N,) position of the query minus position of the key
+    scale: float | None  # in place of the equation's own factor of the inner product
+    learned: dict[str, Tensor]  # of this head
+
+    @property
+    def n(self) -> int:
+        return self.keys.shape[0]
+
+    def dot(self) -> Tensor:
+        scale = 1 / math.sqrt(self.query.shape[0]) if self.scale is None else self.scale
+        return scale * (self.keys @ self.query)
+
+    def length_scaled_cosine(self) -> Tensor:
+        """ln(d) ln(N) cos(q, k)."""
+        query = self.query / self.query.norm()
+        keys = self.keys / self.keys.norm(dim=1, keepdim=True)
+        scale = math.log(self.query.shape[0]) if self.scale is None else self.scale
+        return scale * math.log(self.n) * (keys @ query)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return torch.exp(scores) / torch.exp(scores).sum()
+
+
+def softmax(row: Row) -> Tensor:
+    """arXiv 1706.03762, equation 1."""
+    return _softmax(row.dot() + row.bias)
+
+
+def log_n(row: Row) -> Tensor:
+    """arXiv 2501.19399: n^(s z_i) / sum_j n^(s z_j)."""
+    power = row.learned["s"] * row.dot()
+    return row.n**power * torch.exp(row.bias) / (row.n**power * torch.exp(row.bias)).sum()
+
+
+def cosine(row: Row) -> Tensor:
+    """Stage 1 of arXiv 2501.13428 with exp in place of softplus."""
+    return _softmax(row.length_scaled_cosine() + row.bias)
+
+
+def scale_invariant(row: Row) -> Tensor:
+    """arXiv 2505.17083: a_t S + m_t with alpha = beta = e^0.5, tau = 10."""
+    alpha = beta = math.exp(0.5)
+    tau = 10
+    t = row.distance.abs().to(torch.float64)
+    a_squared = 2 * (torch.log(t / tau + 1) - math.log(alpha) + beta / alpha)
+    m = -a_squared + beta / alpha
+    return _softmax(torch.sqrt(a_squared) * row.dot() + m + row.bias)
+
+
+def softmax_one(row: Row) -> Tensor:
+    """Miller 2023: exp(x_i) / (1 + sum_j exp(x_j))."""
+    e = torch.exp(row.dot() + row.bias)
+    return e / (1 + e.sum())
+
+
+def sink(row: Row) -> Tensor:
+    """gpt-oss: one more logit, softmax over all, its column dropped."""
+    logits = torch.cat([row.dot() + row.bias, row.learned["sink"].reshape(1)])
+    return _softmax(logits)[:-1]
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return torch.log(1 + torch.exp(x))
+
+
+def lssa(row: Row) -> Tensor:
+    """arXiv 2501.13428, stage 1."""
+    f = _softplus(row.length_scaled_cosine() + row.bias)
+    return f / f.sum()
+
+
+def _reweighted(row: Row, power: float) -> Tensor:
+    """arXiv 2501.13428, stage 2: R = relu(A N - O)^p, l1-normalised; O = 0 in the first 3 rows."""
+    n = row.n
+    offset = 0 if n <= 3 else 1
+    r = torch.relu(lssa(row) * n - offset) ** power
+    return r / r.sum()
+
+
+def lssar(row: Row) -> Tensor:
+    """The paper's power for long contexts."""
+    return _reweighted(row, 15)
+
+
+def lssar_log(row: Row) -> Tensor:
+    """The same with p = 2 ln N, at least 1."""
+    return _reweighted(row, max(1, 2 * math.log(row.n)))
+
+
+def sigmoid(row: Row) -> Tensor:
+    """arXiv 2409.04431: sigma(s + b), b = -ln n, n the keys of this row."""
+    return 1 / (1 + torch.exp(-(row.dot() + row.bias - math.log(row.n))))
+
+
+def relu(row: Row) -> Tensor:
+    """arXiv 2104.07012: the weights of ReLA, before its norm."""
+    return torch.relu(row.dot() + row.bias)
+
+
+def relu_over_n(row: Row) -> Tensor:
+    """arXiv 2309.08586: relu(s) / n."""
+    return torch.relu(row.dot() + row.bias) / row.n
+
+
+def dense(weigh: Callable[[Row], Tensor], finish: Callable | None = None) -> Callable[..., Tensor]:
+    """out_i = sum_j w_ij v_j with the weights of one row's equation; grouped heads by index."""
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor,
+        *,
+        distance: Tensor,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+        learned: dict[str, Tensor],
+    ) -> Tensor:
+        """visible and bias (B, H, Tq, Tk), distance (Tq, Tk), learned tensors (H, ...)."""
+        batch, heads, queries, _ = query.shape
+        group = heads // key.shape[1]
+        bias = torch.zeros(visible.shape, dtype=query.dtype) if bias is None else bias
+        out = query.new_zeros(batch, heads, queries, value.shape[-1])
+        for b in range(batch):
+            for h in range(heads):
+                for i in range(queries):
+                    sees = visible[b, h, i]
+                    if not sees.any():
+                        continue
+                    row = Row(
+                        query[b, h, i],
+                        key[b, h // group, sees],
+                        bias[b, h, i, sees],
+                        distance[i, sees],
+                        scale,
+                        {name: parameter[h] for name, parameter in learned.items()},
+                    )
+                    out[b, h, i] = weigh(row) @ value[b, h // group, sees]
+        return out if finish is None else finish(out, **learned)
+
+    return attend
+
+
+def rms_norm(out: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
+    """g * y / sqrt(mean(y^2) + eps), the mean over the concatenated heads of a token."""
+    normed = torch.empty_like(out)
+    batch, _, queries, _ = out.shape
+    for b in range(batch):
+        for i in range(queries):
+            y = out[b, :, i].flatten()
+            normed[b, :, i] = gain * out[b, :, i] / torch.sqrt((y * y).sum() / len(y) + eps)
+    return normed
+
+
+def gated_rms_norm(out: Tensor, gain: Tensor, gate: Tensor) -> Tensor:
+    """ReLA-g: the norm times sigma(w * y)."""
+    return rms_norm(out, gain) / (1 + torch.exp(-gate[:, None] * out))
+
+
+NAIVE: dict[str, Callable[..., Tensor]] = {
+    "softmax": dense(softmax),
+    "log-n": dense(log_n),
+    "cosine": dense(cosine),
+    "scale-invariant": dense(scale_invariant),
+    "softmax-one": dense(softmax_one),
+    "sink": dense(sink),
+    "lssa": dense(lssa),
+    "lssar": dense(lssar),
+    "lssar-log": dense(lssar_log),
+    "sigmoid": dense(sigmoid),
+    "rela": dense(relu, gated_rms_norm),
+    "rela-rms": dense(relu, rms_norm),
+    "relu-power": dense(relu_over_n),
+}
+"""Name of the entry -> (query, key, value, visible, *, distance, bias, scale, learned) -> out."""
