@@ -239,8 +239,9 @@ class _Walk:
 
 def _no_autocast(device: torch.device):
     """Autocast would compute the products in half precision, which `_Walk` has just left."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
 
