@@ -504,8 +504,8 @@ def law_hidden_keys_do_not_count(entry: Entry) -> None:
 
 def law_length_aware(entry: Entry) -> None:
     """10. Where the formula counts keys, visible keys that get no weight still change the weights
-    (a row with all on one key has nothing to change, hence the median); where it does not, they
-    change nothing."""
+    of the others (a row with all on one key has nothing to change, hence the median); where it
+    does not, they change nothing."""
     alone, beside = _with_far_keys(entry, hidden=False)
     if entry.laws.length_aware:
         changed = (alone - beside).abs().amax(-1)
