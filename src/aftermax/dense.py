@@ -66,8 +66,14 @@ class KeyValues:
         return sum(x.numel() * x.element_size() for x in (self.key, self.value, self.seen))
 
     def append(self, key: Tensor, value: Tensor, seen: Tensor | None) -> KeyValues:
+        tokens = (key.shape[0], key.shape[-2])
         if seen is None:
-            seen = self.seen.new_ones((key.shape[0], key.shape[-2]))
+            seen = self.seen.new_ones(tokens)
+        if seen.dtype != torch.bool or seen.shape != tokens:
+            raise ValueError(
+                f"seen must be bool of shape (B, T) = {tokens}, "
+                f"got {seen.dtype} of shape {tuple(seen.shape)}"
+            )
         return KeyValues(
             torch.cat([self.key, key], -2),
             torch.cat([self.value, value], -2),

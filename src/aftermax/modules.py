@@ -68,6 +68,11 @@ class Attention(nn.Module):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        for name, number in {"heads": heads, "head_dim": head_dim, "window": window}.items():
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout is a probability, got {dropout}")
         if head_dim is None and width % heads:
             raise ValueError(f"width {width} is not divisible by {heads} heads; give head_dim")
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
@@ -75,6 +80,7 @@ class Attention(nn.Module):
             raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {heads}")
         self.head_dim = head_dim or width // heads
         self.positions = _positions(positions)
+        self.positions.check(self.head_dim)
         self.system = as_system(weights)
         self.causal, self.window = causal, window
         self.dropout, self.scale, self.impl = dropout, scale, impl
@@ -85,10 +91,10 @@ class Attention(nn.Module):
         self.to_value = nn.Linear(width, kv_inner, bias, **factory)
         self.to_out = nn.Linear(inner, width, bias, **factory)
         self.query_norm = (
-            nn.RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
+            _HeadNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
         )
         self.key_norm = (
-            nn.RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
+            _HeadNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
         )
         self.learned = nn.ParameterDict(
             {
@@ -109,6 +115,11 @@ class Attention(nn.Module):
                 not, with this module's ALiBi slopes added.
         """
         query, key, value = self.project(x, start=0)
+        if isinstance(visible, Tensor) and visible.shape != x.shape[:2]:
+            raise ValueError(
+                f"visible as a mask of tokens must be (B, T) = {tuple(x.shape[:2])}, "
+                f"got {tuple(visible.shape)}"
+            )
         out = self.system.attend(
             query, key, value, self.what_is_visible(visible), **self._options()
         )
@@ -176,6 +187,14 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         heads = f"heads={self.heads}, kv_heads={self.kv_heads}"
         return f"{self.system}, {heads}, positions={self.positions}"
+
+
+class _HeadNorm(nn.RMSNorm):
+    """RMSNorm in the gain's dtype: under autocast the vectors are half and the gain is not, which
+    torch's own norm meets with a warning."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def _positions(positions: str | NoPositions) -> NoPositions:

@@ -17,6 +17,9 @@ from torch import Tensor
 class NoPositions:
     """No position encoding ("NoPE"): order is known only through what each row sees."""
 
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError where heads of this width cannot be placed."""
+
     def rotate(self, vectors: Tensor, start: int) -> Tensor:
         """Vectors (B, H, T, D) whose first token stands at position `start`."""
         return vectors
@@ -48,10 +51,13 @@ class RoPE(NoPositions):
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"fraction is a share of the frequencies, 0 to 1, got {self.fraction}")
 
+    def check(self, head_dim: int) -> None:
+        if head_dim % 2:
+            raise ValueError(f"RoPE turns pairs and needs an even head width, got {head_dim}")
+
     def rotate(self, vectors: Tensor, start: int) -> Tensor:
         tokens, width = vectors.shape[-2:]
-        if width % 2:
-            raise ValueError(f"RoPE turns pairs and needs an even head width, got {width}")
+        self.check(width)
         half = width // 2
         # float64 angles: at position 10^6 a float32 angle is already off by several hundredths
         index = torch.arange(half, device=vectors.device, dtype=torch.float64)
