@@ -1,0 +1,1 @@
+"""Experiments: the same work for every system. Imports the library, never the other way round."""

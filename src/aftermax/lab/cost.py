@@ -1,0 +1,106 @@
+"""What a system costs to train: speed side by side, and the peak of memory, each in a fair setting.
+
+Speed is measured in one process, systems interleaved, several rounds: a noisy machine slows them
+all alike, and the ratio to the first system within a round is what is reported. Memory is the peak
+of a process of its own, above what it held before the step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from aftermax.lab.data.corpus import Corpus
+from aftermax.lab.store import Row
+from aftermax.lab.train import batch, build, train_step
+from aftermax.lab.work import Run
+
+ROUNDS, STEPS_A_ROUND = 5, 4
+MEMORY_BATCH = 4
+
+
+def training_speed(
+    runs: list[Run], corpus: Corpus, report: Callable[[int, int], None] = lambda done, of: None
+) -> dict[str, list[Row]]:
+    """Tokens per second of a training step, and the ratio to the first run's, by system."""
+    torch.set_num_threads(runs[0].work.threads)
+    built = {run.system: build(run, corpus) for run in runs}
+    tokens = runs[0].work.batch * runs[0].work.context
+    seconds: dict[str, list[float]] = {run.system: [] for run in runs}
+    for turn in range(ROUNDS + 1):  # the first warms up
+        for run in runs:
+            start = time.perf_counter()
+            for step in range(STEPS_A_ROUND):
+                train_step(*built[run.system], batch(run, corpus, step), run, step)
+            seconds[run.system].append((time.perf_counter() - start) / STEPS_A_ROUND)
+        report(turn + 1, ROUNDS + 1)
+    first = seconds[runs[0].system][1:]
+    context = runs[0].work.context
+    out = {}
+    for system, taken in seconds.items():
+        ratios = [a / b for a, b in zip(first, taken[1:], strict=True)]
+        out[system] = [
+            Row(0, context, "tokens_per_second", tokens / statistics.median(taken[1:])),
+            Row(0, context, "speed_ratio", statistics.median(ratios)),
+            Row(0, context, "speed_ratio_low", min(ratios)),
+            Row(0, context, "speed_ratio_high", max(ratios)),
+        ]
+    return out
+
+
+def training_memory(run: Run, corpus: Corpus) -> list[Row]:
+    """MiB that one training step of the longest length adds at its peak, in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_peak, args=(run, corpus.folder, send), daemon=True)
+    child.start()
+    send.close()
+    try:
+        mebibytes = receive.recv()
+    except EOFError:
+        raise RuntimeError(f"the memory of {run.system} could not be measured") from None
+    finally:
+        child.join()
+    return [Row(0, run.work.lengths[-1], "peak_mebibytes", mebibytes)]
+
+
+def peak_mebibytes(function: Callable[[], object]) -> float:
+    """How far the resident memory of this process rises above its present size in a call."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (Linux)
+        before = _high_water()
+    except OSError:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    function()
+    return _high_water() - before
+
+
+def _high_water() -> float:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def _peak(run: Run, folder: Path, send) -> None:
+    torch.set_num_threads(run.work.threads)
+    corpus = Corpus.open(folder)
+    model, optimiser = build(run, corpus)
+    train_step(model, optimiser, batch(run, corpus, 0), run, 0)  # the optimiser's own memory
+    generator = torch.Generator().manual_seed(0)
+    length = run.work.lengths[-1] + 1
+    tokens = corpus.random_windows("train", MEMORY_BATCH, length, generator)
+
+    def step() -> None:
+        logits = model.logits(model(tokens[:, :-1])[:, -run.work.targets :])
+        wanted = tokens[:, -run.work.targets :]
+        torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted).backward()
+
+    send.send(peak_mebibytes(step))

@@ -1,0 +1,86 @@
+"""Recall tasks in a haystack of real text: passkey, and multi-query associative recall (MQAR).
+
+Loss that stays flat does not show that a model uses a long context (ALiBi's does, and ALiBi
+forgets). These tasks do: the answer stands somewhere before, at a distance that grows with the
+length, among text that has nothing to do with it.
+
+    passkey   ... text ... MARK d r k f p ... text ... MARK -> d r k f p
+    MQAR      ... k1 v1 ... text ... k2 v2 ... text ... | k2 -> v2, k1 -> v1, k2 -> v2 ...
+
+MQAR after Arora et al., Zoology, arXiv 2312.04927, here with the pairs scattered in text. In
+training passkeys have any length up to a third of the context: a long one gives many answers to
+learn from, and the copying that a passkey needs is then learned in hundreds of steps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aftermax.lab.data.corpus import LETTERS, Symbols
+
+PASSKEY = 5
+"""Letters of a passkey that is scored; they differ from each other."""
+PAIRS, ASKED = 4, 12
+"""Key-value pairs of an MQAR problem, and questions about them."""
+
+
+class Problems(NamedTuple):
+    tokens: Tensor  # int64 (count, length + 1): inputs are [:, :-1], targets [:, 1:]
+    asked: Tensor  # bool (count, length): the targets that are answers
+
+
+def passkey(
+    text: Tensor, symbols: Symbols, generator: torch.Generator, letters: int = PASSKEY
+) -> Problems:
+    """A passkey at a random depth of each text (count, length + 1), asked for at its end."""
+    tokens = text.clone()
+    count, total = tokens.shape
+    keys = _distinct(count, LETTERS, letters, generator) + symbols.letters
+    needle = torch.cat([torch.full((count, 1), symbols.mark), keys], 1)
+    width = needle.shape[1]
+    question = total - width
+    depth = torch.randint(0, question - width + 1, (count,), generator=generator)
+    tokens.scatter_(1, depth[:, None] + torch.arange(width), needle)
+    tokens[:, question:] = needle
+    asked = torch.zeros(count, total - 1, dtype=torch.bool)
+    asked[:, question:] = True  # target t is token t + 1: the letters after the mark
+    return Problems(tokens, asked)
+
+
+def training_passkey(text: Tensor, symbols: Symbols, generator: torch.Generator) -> Problems:
+    """`passkey` with a random number of letters, the same in all rows of a batch."""
+    most = min(LETTERS, text.shape[1] // 3)
+    letters = int(torch.randint(PASSKEY, most + 1, (1,), generator=generator))
+    return passkey(text, symbols, generator, letters)
+
+
+def mqar(text: Tensor, symbols: Symbols, generator: torch.Generator) -> Problems:
+    """Key-value pairs scattered in each text (count, length + 1), asked for at its end."""
+    tokens = text.clone()
+    count, total = tokens.shape
+    half = LETTERS // 2  # the first half of the letters are keys, the others values
+    keys = _distinct(count, half, PAIRS, generator) + symbols.letters
+    values = _distinct(count, half, PAIRS, generator) + symbols.letters + half
+    question = total - 2 * ASKED
+    slots = 2 * _distinct(count, question // 2, PAIRS, generator)
+    tokens.scatter_(1, slots, keys).scatter_(1, slots + 1, values)
+    order = torch.randint(PAIRS, (count, ASKED), generator=generator)
+    tokens[:, question::2] = keys.gather(1, order)
+    tokens[:, question + 1 :: 2] = values.gather(1, order)
+    asked = torch.zeros(count, total - 1, dtype=torch.bool)
+    asked[:, question::2] = True
+    return Problems(tokens, asked)
+
+
+def _distinct(count: int, of: int, take: int, generator: torch.Generator) -> Tensor:
+    """(count, take) numbers below `of`, different within a row, in random order."""
+    return torch.rand(count, of, generator=generator).argsort(1)[:, :take]
+
+
+TASKS = {"passkey": passkey, "mqar": mqar}
+"""What is scored."""
+TRAINING_TASKS = (training_passkey, mqar)
+"""What is learned."""

@@ -1,0 +1,189 @@
+"""All the runs of a work on this machine's cores; the same call goes on after a stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from aftermax.lab.cost import training_memory, training_speed
+from aftermax.lab.data.corpus import Corpus, prepare
+from aftermax.lab.progress import Board
+from aftermax.lab.store import Store
+from aftermax.lab.train import train
+from aftermax.lab.work import Run, Work, digest
+
+SEARCH_SEED = 1000
+"""Of the runs that choose the learning rate; no reported run has it."""
+
+
+def compare(work: Work, preset: str, out: Path, workers: int | None, console: Console) -> str:
+    """Train and measure every system of a work; its id in the store.
+
+    Interrupted at any moment (Ctrl-C, a kill, a power cut), the same call goes on where it was.
+
+    Args:
+        out: folder of the store, the tokens and the checkpoints.
+        workers: runs at the same time; None = as many as the cores hold.
+    """
+    length = work.lengths[-1] + 1
+    corpus = prepare(
+        work.data, work.tokenizer, work.vocabulary, work.context + 1, length, out / "data"
+    )
+    size = sum(len(corpus.tokens(split)) for split in ("train", "tune", "validation"))
+    console.print(f"text: {corpus.name}, {size / 1e6:.1f} million tokens", highlight=False)
+    workers = workers or max(1, (os.cpu_count() or 1) // work.threads)
+    with Store(out / "store.sqlite") as store:
+        name = digest(work.settings() | {"data_digest": corpus.digest})
+        about = {"name": corpus.name, "digest": corpus.digest, "tokens": size}
+        store.add_work(name, preset, work.settings(), machine(), about)
+        with Board(console, store) as board:
+            grid = _Grid(work, name, corpus, store, out, workers, board)
+            rates = grid.search()
+            grid.train(rates)
+            grid.measure_cost(rates)
+    return name
+
+
+def machine() -> dict:
+    """What the numbers were made on."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        processor = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+class _Grid:
+    """The three phases: the search for learning rates, the runs that count, what they cost."""
+
+    def __init__(
+        self,
+        work: Work,
+        name: str,
+        corpus: Corpus,
+        store: Store,
+        out: Path,
+        workers: int,
+        board: Board,
+    ):
+        self.work, self.name, self.corpus, self.store = work, name, corpus, store
+        self.out, self.workers, self.board = out, workers, board
+
+    def search(self) -> dict[str, float]:
+        """The learning rate of each system, by the loss on the part kept for this."""
+        rates = self.work.learning_rates
+        if len(rates) == 1:
+            return dict.fromkeys(self.work.systems, rates[0])
+        runs = [
+            Run(self.work, system, SEARCH_SEED, rate, "search", self.corpus.digest)
+            for system in self.work.systems
+            for rate in rates
+        ]
+        self._do("learning rates", runs)
+        chosen: dict[str, float] = {}
+        for system in self.work.systems:
+            losses = {r.learning_rate: self._tuning_loss(r) for r in runs if r.system == system}
+            chosen[system] = min(losses, key=lambda rate: losses[rate])
+            tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
+            self.board.say(f"  {system}: {chosen[system]:g} ({tried})")
+        return chosen
+
+    def train(self, rates: dict[str, float]) -> None:
+        """Seed by seed, so that a first picture of every system comes early."""
+        runs = [
+            Run(self.work, system, seed, rates[system], "train", self.corpus.digest)
+            for seed in self.work.seeds
+            for system in self.work.systems
+        ]
+        self._do("training", runs)
+
+    def measure_cost(self, rates: dict[str, float]) -> None:
+        """Speed and memory; measured once, when nothing else of ours runs."""
+        runs = [
+            Run(self.work, system, self.work.seeds[0], rates[system], "train", self.corpus.digest)
+            for system in self.work.systems
+        ]
+        # the speed of a system is a ratio to the first one's, so they are measured as one
+        together = digest({"systems": self.work.systems, "runs": [run.id for run in runs]})
+        names = {run.system: f"{run.system.replace('/', '+')}-cost-{together}" for run in runs}
+        if all(self.store.status(name) == "done" for name in names.values()):
+            for system, name in names.items():
+                self.store.add_run(self.name, name, "cost", system, None, None, {})
+            return
+        self.board.say("cost: speed side by side, then memory")
+        rows = training_speed(runs, self.corpus)
+        for run in runs:
+            name = names[run.system]
+            self.store.add_run(self.name, name, "cost", run.system, None, None, run.settings())
+            measured = rows[run.system] + training_memory(run, self.corpus)
+            self.store.write(name, measured, done=True)
+
+    def _tuning_loss(self, run: Run) -> float:
+        rows = {row.measure: row.value for row in self.store.rows(run.id)}
+        return rows.get("tuning_loss", math.inf)  # a run that diverged has none
+
+    def _do(self, phase: str, runs: list[Run]) -> None:
+        for run in runs:
+            self.store.add_run(
+                self.name, run.id, run.kind, run.system, run.seed, run.learning_rate, run.settings()
+            )
+        finished = {run.id for run in runs if self.store.status(run.id) == "done"}
+        waiting = [run for run in runs if run.id not in finished]
+        self.board.start_phase(phase, runs)
+        if not waiting:
+            return
+        context = multiprocessing.get_context("spawn")
+        stop = context.Event()
+        with ProcessPoolExecutor(
+            min(self.workers, len(waiting)), context, _start_worker, (stop, os.getpid())
+        ) as pool:
+            futures: dict[Future, Run] = {
+                pool.submit(_work, run, self.corpus.folder, self.store.path, self.out / "runs"): run
+                for run in waiting
+            }
+            try:
+                pending = set(futures)
+                while pending:
+                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                        finished.add(futures[future].id)
+                    self.board.refresh(finished)
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
+def _start_worker(stop, parent: int) -> None:
+    """A worker leaves Ctrl-C to the parent, and stops at the next step when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    global _proceed
+    _proceed = lambda: not stop.is_set() and os.getppid() == parent  # noqa: E731
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _proceed() -> bool:
+    return True
+
+
+def _work(run: Run, corpus: Path, store: Path, folder: Path) -> None:
+    with Store(store) as opened:
+        train(run, Corpus.open(corpus), opened, folder, lambda: _proceed())

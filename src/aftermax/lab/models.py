@@ -1,0 +1,112 @@
+"""The one small decoder language model that every system is put into."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aftermax.lab.work import Arm, Work
+from aftermax.modules import Attention
+
+
+class SwiGLU(nn.Module):
+    """(silu(x A) * x B) C with the hidden width at 8/3 (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = 8 * ((8 * width // 3 + 7) // 8)
+        self.gate_and_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.to_out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_and_up(x).chunk(2, -1)
+        return self.to_out(F.silu(gate) * up)
+
+
+class Branch(nn.Module):
+    """x + scale * norm_after(layer(norm_before(x))); the norm after and the scale are options.
+
+    The norm after the branch is "hybrid norm" (peri-LN, arXiv 2502.02732), which sigmoid attention
+    wants; the scale is LayerScale (arXiv 2103.17239), initially 1e-4.
+    """
+
+    def __init__(self, layer: nn.Module, width: int, hybrid_norm: bool, layer_scale: bool):
+        super().__init__()
+        self.before = nn.RMSNorm(width)
+        self.layer = layer
+        self.after = nn.RMSNorm(width) if hybrid_norm else nn.Identity()
+        self.scale = nn.Parameter(torch.full((width,), 1e-4)) if layer_scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.layer(self.before(x)))
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        branch = self.after(branch)
+        return x + (branch if self.scale is None else self.scale * branch)
+
+
+class DecoderLM(nn.Module):
+    """Pre-norm decoder with SwiGLU and tied embeddings; the attention is the arm's.
+
+    `forward` gives hidden vectors and `logits` turns them into predictions, so that a caller who
+    scores a few positions of a long window pays for those alone.
+    """
+
+    def __init__(self, work: Work, arm: Arm, vocabulary: int):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, work.width)
+        options = {"hybrid_norm": arm.hybrid_norm, "layer_scale": arm.layer_scale}
+        self.blocks = nn.ModuleList()
+        for _ in range(work.layers):
+            attend = Attention(
+                work.width,
+                work.heads,
+                weights=arm.entry.system,
+                kv_heads=work.kv_heads,
+                positions=arm.positions,
+                qk_norm=arm.qk_norm,
+            )
+            self.blocks.append(
+                nn.Sequential(
+                    Branch(attend, work.width, **options),
+                    Branch(SwiGLU(work.width), work.width, **options),
+                )
+            )
+        self.norm = nn.RMSNorm(work.width)
+        self._initialise(work.layers)
+
+    def _initialise(self, layers: int) -> None:
+        """Normal(0, 0.02), smaller where a branch ends: GPT-2's initialisation."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2 and "learned" not in name:
+                std = 0.02 / (2 * layers) ** 0.5 if "to_out" in name else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    @property
+    def attentions(self) -> list[Attention]:
+        return [block[0].layer for block in self.blocks]  # type: ignore[index]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) tokens -> (B, T, width) hidden vectors."""
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.embed.weight)
+
+    def init_state(self, batch: int) -> list:
+        """The state before the first token: one for each layer."""
+        return [attend.init_state(batch) for attend in self.attentions]
+
+    def step(self, tokens: Tensor, state: list) -> tuple[Tensor, list]:
+        """The next tokens (B, T): their hidden vectors, and the new state."""
+        x, new = self.embed(tokens), []
+        for block, held in zip(self.blocks, state, strict=True):
+            attend, feed = block[0], block[1]  # type: ignore[index]
+            out, held = attend.layer.step(attend.before(x), held)
+            x = feed(attend.add(x, out))
+            new.append(held)
+        return self.norm(x), new

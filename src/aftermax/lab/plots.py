@@ -1,0 +1,220 @@
+"""Every figure is a pure function of `Results` (or of the catalogue): numbers in, figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
+
+from aftermax.attention import attention_weights
+from aftermax.catalogue import CATALOGUE
+from aftermax.lab.results import Results
+from aftermax.lab.work import Arm
+
+STYLE = Path(__file__).with_name("aftermax.mplstyle")
+
+COLOURS = (
+    *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#8DA0CB", "#56B4E9", "#CC79A7"),
+    *("#222222", "#7F5AA8", "#A6761D", "#66A61E", "#999999", "#B2182B"),
+)
+"""By place in the catalogue: Okabe and Ito's colours without their yellow, then others."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""Also by place, so that no two neighbours are told apart by colour alone."""
+LINES = {"rope": "-", "p-rope": (0, (5, 1.5)), "alibi": (0, (1, 1.2)), "none": "-."}
+
+
+def look(entry: Arm) -> dict[str, Any]:
+    """Colour by the system, dashes by the position encoding, a hollow marker for other traits."""
+    place = [e.name for e in CATALOGUE].index(entry.entry.name)
+    traits = set(entry.name.split("/")[1:]) & {"bare", "hybrid", "layerscale"}
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": LINES[entry.positions],
+        "markerfacecolor": "white" if traits else COLOURS[place % len(COLOURS)],
+    }
+
+
+def loss_and_recall(results: Results) -> Figure:
+    """The headline: loss on the same targets, and recall, against the length of the context."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), width_ratios=(1.5, 1, 1))
+    _against_length(axes[0], results, "loss", "loss (nats per token)")
+    best = min(
+        spread.mean
+        for entry in results.arms
+        if (spread := results.at(entry.name, "truncated_loss", 1))
+    )
+    axes[0].axhline(best, color="#999999", linewidth=1)
+    axes[0].annotate(
+        f"best system shown only the last {results.work.context} tokens",
+        (results.work.lengths[-1], best), (0, -11), textcoords="offset points",
+        ha="right", color="#777777", fontsize=8,
+    )  # fmt: skip
+    axes[0].set_title("Same target tokens, ever longer context")
+    _against_length(axes[1], results, "passkey", "passkeys found (share)")
+    axes[1].set_title("Passkey")
+    _against_length(axes[2], results, "mqar", "answers found (share)")
+    axes[2].set_title("Associative recall (MQAR)")
+    for axis in axes[1:]:
+        axis.set_ylim(-0.03, 1.03)
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def buckets(results: Results) -> Figure:
+    """Loss by place in the longest window."""
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    _against_length(axis, results, "bucket_loss", "loss (nats per token)")
+    axis.set_xlabel(f"part of a {results.work.lengths[-1]}-token window that ends at (tokens)")
+    axis.set_title("Loss by place in the longest window")
+    _legend_below(figure, axis)
+    return figure
+
+
+def diagnostics(results: Results) -> Figure:
+    """Why the curves come out so: how sharp rows are, and what the first token takes."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    names = {
+        "entropy": "entropy of a row (nats)",
+        "effective_keys": "effective number of keys",
+        "first_mass": "share of the first token",
+    }
+    for axis, (measure, label) in zip(axes, names.items(), strict=True):
+        _against_length(axis, results, measure, label)
+    axes[1].set_yscale("log", base=2)
+    axes[1].yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes[0].set_title("Mean over layers, heads and the last rows")
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def learning_curves(results: Results) -> Figure:
+    """Training loss over steps, the mean over seeds."""
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    for entry in results.arms:
+        runs = list(results.curves[entry.name].values())
+        steps = [step for step, _ in min(runs, key=len)]
+        losses = np.mean([[loss for _, loss in run[: len(steps)]] for run in runs], 0)
+        smooth = np.convolve(np.pad(losses, (2, 2), "edge"), np.ones(5) / 5, "valid")
+        axis.plot(steps, smooth, label=entry.title, **{**look(entry), "marker": ""})
+    axis.set_xlabel("step")
+    axis.set_ylabel("training loss on text (nats per token)")
+    axis.set_title("Learning, mean over seeds (moving mean of 5 points)")
+    _legend_below(figure, axis)
+    return figure
+
+
+def costs(results: Results) -> Figure:
+    """Speed as a ratio to the first system, and memory, as bars."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.34 * len(results.arms) + 1.4), sharey=True)
+    entries = [e for e in results.arms if results.cost(e.name, "speed_ratio") is not None]
+    places = range(len(entries), 0, -1)
+    colours = [look(e)["color"] for e in entries]
+    ratio, low, high, memory = (
+        [results.cost(e.name, measure) or 0.0 for e in entries]
+        for measure in ("speed_ratio", "speed_ratio_low", "speed_ratio_high", "peak_mebibytes")
+    )
+    error = [np.subtract(ratio, low), np.subtract(high, ratio)]
+    axes[0].barh(places, ratio, color=colours, xerr=error, ecolor="#555555")
+    axes[0].set_yticks(places, [e.title for e in entries])
+    axes[0].set_xlabel(f"training speed at {results.work.context} tokens, as a ratio to the first")
+    axes[1].barh(places, memory, color=colours)
+    axes[1].set_xlabel(f"peak memory of a step at {results.work.lengths[-1]} tokens (MiB)")
+    for axis in axes:
+        axis.grid(axis="y", visible=False)
+    return figure
+
+
+RESULT_FIGURES: dict[str, Callable[[Results], Figure]] = {
+    "loss_and_recall": loss_and_recall,
+    "buckets": buckets,
+    "diagnostics": diagnostics,
+    "learning_curves": learning_curves,
+    "costs": costs,
+}
+
+
+def row_maps() -> Figure:
+    """One row of scores through every row map of the catalogue.
+
+    Sixteen keys whose cosine with the query falls from 0.95 to -0.55, all of length 8 = sqrt(d)
+    with d = 64, so that the dot product systems see scores from 7.6 to -4.4.
+    """
+    width, cosines = 64, torch.linspace(0.95, -0.55, 16, dtype=torch.float64)
+    query = torch.zeros(1, 1, 1, width, dtype=torch.float64)
+    query[..., 0] = 8.0
+    key = torch.zeros(1, 1, 16, width, dtype=torch.float64)
+    key[..., 0] = 8.0 * cosines
+    key[..., 1] = 8.0 * (1 - cosines**2).sqrt()
+    entries = [e for e in CATALOGUE if not e.name.startswith("rela-")]
+    figure, axes = plt.subplots(2, (len(entries) + 1) // 2, figsize=(13, 4.2), sharex=True)
+    for place, (axis, entry) in enumerate(zip(axes.flat, entries, strict=False)):
+        weights = attention_weights(query, key, weights=entry.system)
+        index = [e.name for e in CATALOGUE].index(entry.name)
+        axis.bar(range(16), weights[0, 0, 0].numpy(), color=COLOURS[index % len(COLOURS)])
+        axis.set_title(entry.title, fontsize=8.5)
+        axis.tick_params(labelsize=7, labelbottom=place >= len(entries) / 2)
+        axis.set_xticks([0, 5, 10, 15], ["0.95", "0.45", "-0.05", "-0.55"])
+        axis.grid(axis="x", visible=False)
+    for axis in list(axes.flat)[len(entries) :]:
+        axis.set_visible(False)
+    figure.supxlabel("cosine of query and key", fontsize=9)
+    figure.supylabel("weight", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def save(figures: dict[str, Figure], folder: Path) -> None:
+    """SVG and PNG of each figure, the same bytes for the same numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.style.context(STYLE):
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            figure.savefig(folder / f"{name}.png")
+
+
+def draw(results: Results) -> dict[str, Figure]:
+    """All figures of a work."""
+    matplotlib.use("agg")
+    with plt.style.context(STYLE):
+        return {name: figure(results) for name, figure in RESULT_FIGURES.items()}
+
+
+def _against_length(axis: Axes, results: Results, measure: str, label: str) -> None:
+    lengths = results.lengths_of(measure)
+    for entry in results.arms:
+        multiples = [length // results.work.context for length in lengths]
+        spreads = [results.at(entry.name, measure, m) for m in multiples]
+        known = [(x, s) for x, s in zip(lengths, spreads, strict=True) if s is not None]
+        if not known:
+            continue
+        x = [length for length, _ in known]
+        mean = np.array([s.mean for _, s in known])
+        sd = np.array([s.sd for _, s in known])
+        style = look(entry)
+        axis.plot(x, mean, label=entry.title, **style)
+        axis.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.15, linewidth=0)
+    axis.set_xscale("log", base=2)
+    context = results.work.context
+    axis.set_xticks(lengths, [f"{n}\n{n // context}x" for n in lengths])
+    axis.minorticks_off()
+    axis.set_xlabel("context (tokens, multiples of the training length)")
+    axis.set_ylabel(label)
+
+
+def _legend_below(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    columns = 4 if figure.get_figwidth() > 8 else 3
+    figure.tight_layout()
+    figure.legend(
+        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns,
+        handlelength=3.2,
+    )  # fmt: skip

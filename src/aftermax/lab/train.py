@@ -1,0 +1,205 @@
+"""The one training loop. Killed at any moment, it goes on to the same numbers, bit for bit.
+
+What a step does is a function of (seed, step) and of the tensors: batches are drawn from a
+generator seeded by both, so that every system sees the same data in the same order and a resumed
+run needs no history. A checkpoint holds weights, optimiser and generator state; it is written
+beside the old one and renamed over it, so that one whole checkpoint exists at any moment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from aftermax.lab.data.corpus import Corpus
+from aftermax.lab.data.recall import TRAINING_TASKS
+from aftermax.lab.measure import evaluate, tuning_loss
+from aftermax.lab.models import DecoderLM
+from aftermax.lab.store import Row, Store
+from aftermax.lab.work import Run, Work
+
+CHECKPOINT_EVERY = 100
+"""Steps between checkpoints; any value gives the same numbers."""
+LOG_EVERY = 20
+"""Steps between rows of the training loss."""
+
+
+def train(
+    run: Run,
+    corpus: Corpus,
+    store: Store,
+    folder: Path,
+    proceed: Callable[[], bool] = lambda: True,
+) -> bool:
+    """Train and measure one run, from wherever it was left.
+
+    Args:
+        folder: of all runs; this one's checkpoint is in `folder / run.id`.
+        proceed: asked before each step; False stops after a checkpoint.
+
+    Returns:
+        Whether the run is finished.
+    """
+    torch.set_num_threads(run.work.threads)
+    with _alone(folder / run.id):
+        if store.status(run.id) == "done":
+            return True
+        store.begin(run.id)
+        model, optimiser = build(run, corpus)
+        checkpoint = folder / run.id / "checkpoint.safetensors"
+        step = load(checkpoint, model, optimiser) if checkpoint.exists() else 0
+        log: list[Row] = []
+        while step < run.steps:
+            if not proceed():
+                save(checkpoint, model, optimiser, step)
+                return False
+            loss = train_step(model, optimiser, batch(run, corpus, step), run, step)
+            step += 1
+            if step % LOG_EVERY == 0 or step == run.steps:
+                if not math.isfinite(loss.item()):
+                    return _diverged(run, store, step)
+                log.append(Row(step, run.work.context, "train_loss", loss.item()))
+                store.report_progress(run.id, step, run.steps, loss.item())
+            if step % CHECKPOINT_EVERY == 0 or step == run.steps:
+                save(checkpoint, model, optimiser, step)
+                store.write(run.id, log)
+                log = []
+        store.report_progress(run.id, step, run.steps, math.nan, "measuring")
+        model.eval()
+        if run.kind == "search":
+            value = tuning_loss(model, run.work, corpus)
+            rows = [Row(step, run.work.context, "tuning_loss", value)]
+        else:
+            rows = evaluate(model, run.work, corpus, step)
+        store.write(run.id, rows, done=True)
+        return True
+
+
+def build(run: Run, corpus: Corpus) -> tuple[DecoderLM, torch.optim.Optimizer]:
+    """Model and optimiser before the first step; the same initial weights for every system."""
+    torch.manual_seed(run.seed)
+    model = DecoderLM(run.work, run.arm, corpus.symbols.total)
+    return model, make_optimiser(model, run.work, run.learning_rate)
+
+
+def make_optimiser(model: nn.Module, work: Work, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, vectors and what a system learns do not."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "learned" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "learned" in n]
+    groups = [
+        {"params": matrices, "weight_decay": work.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def batch(run: Run, corpus: Corpus, step: int) -> tuple[Tensor, Tensor]:
+    """(B, T + 1) tokens, and the bool (B, T) targets that are trained on.
+
+    The first rows are recall problems, half of each kind, where only the answers count.
+    """
+    work = run.work
+    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
+    tokens = corpus.random_windows("train", work.batch, work.context + 1, generator)
+    counted = torch.ones(work.batch, work.context, dtype=torch.bool)
+    each = recall_rows(work) // len(TRAINING_TASKS)
+    for i, task in enumerate(TRAINING_TASKS):
+        part = slice(i * each, (i + 1) * each)
+        tokens[part], counted[part] = task(tokens[part], corpus.symbols, generator)
+    return tokens, counted
+
+
+def recall_rows(work: Work) -> int:
+    """Rows of a batch that are recall problems, as many of each kind."""
+    kinds = len(TRAINING_TASKS)
+    return round(work.recall_share * work.batch / kinds) * kinds
+
+
+def train_step(model, optimiser, data: tuple[Tensor, Tensor], run: Run, step: int) -> Tensor:
+    """One step of AdamW on the mean text loss plus the mean recall loss; returns the former."""
+    tokens, counted = data
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(run, step)
+    logits = model.logits(model(tokens[:, :-1]))
+    each = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    each = each.view_as(counted)
+    recall = recall_rows(run.work)
+    text = each[recall:].mean()
+    loss = text
+    if recall:
+        loss = text + each[:recall][counted[:recall]].mean()
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    return text.detach()
+
+
+def learning_rate(run: Run, step: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    warmup = max(1, round(run.work.warmup * run.steps))
+    if step < warmup:
+        return run.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, run.steps - warmup)
+    return run.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
+    """Write whole or not at all, even if the power fails."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for parameter, state in optimiser.state.items():
+        for key, value in state.items():
+            tensors[f"optimiser.{key}.{names[id(parameter)]}"] = value
+    tensors["generator"] = torch.get_rng_state()
+    scratch = path.with_suffix(".part")
+    save_file(tensors, scratch, {"step": json.dumps(step)})
+    with scratch.open("rb") as written:
+        os.fsync(written.fileno())
+    scratch.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def load(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+    """Put a checkpoint back; the number of steps that it has behind it."""
+    with safe_open(path, "pt") as checkpoint:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(checkpoint.get_tensor(f"model.{name}"))
+                optimiser.state[parameter] = {
+                    key: checkpoint.get_tensor(f"optimiser.{key}.{name}")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        torch.set_rng_state(checkpoint.get_tensor("generator"))
+        return json.loads(checkpoint.metadata()["step"])
+
+
+def _diverged(run: Run, store: Store, step: int) -> bool:
+    """A loss that is not finite is a result: the run is done, and says so."""
+    store.write(run.id, [Row(step, run.work.context, "diverged", 1.0)], done=True)
+    return True
+
+
+@contextmanager
+def _alone(folder: Path):
+    """Hold the run's lock, so that two processes never write one run; it dies with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is at work on {folder.name}") from None
+        yield

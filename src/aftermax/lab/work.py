@@ -1,0 +1,243 @@
+"""The work: one frozen description of data, model, budget and seeds, for all systems alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from aftermax.catalogue import find
+from aftermax.entry import Entry
+from aftermax.positions import POSITIONS
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained and measured, the same for each system."""
+
+    systems: tuple[str, ...] = ("softmax", "cosine", "lssar")
+    """Catalogue names, each with optional traits after a slash: a position encoding (rope, p-rope,
+    alibi, none), bare (no QK-norm), hybrid (a norm after each branch too), layerscale.
+    For example softmax/alibi or sigmoid/hybrid."""
+    data: Path | None = None
+    """A text file, or a folder of them; by default the Python standard library's source."""
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    """bytes, or a byte-level BPE trained on the training split."""
+    vocabulary: int = 1024
+    """Size of the BPE vocabulary; bytes have 256."""
+
+    layers: int = 3
+    width: int = 96
+    heads: int = 3
+    kv_heads: int | None = None
+    """Key and value heads, a divisor of heads; by default as many as heads."""
+    positions: Literal["rope", "p-rope", "alibi", "none"] = "rope"
+    """Position encoding of the systems that name none themselves."""
+    qk_norm: bool = True
+    """RMSNorm on queries and keys of the dot-product systems (bare turns it off for one)."""
+    hybrid_norm: bool = False
+    """A second norm after attention and feed-forward, for all systems."""
+    layer_scale: bool = False
+    """A learned factor, initially 1e-4, on each branch, for all systems."""
+
+    context: int = 64
+    """Training length in tokens."""
+    multiples: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Evaluation lengths as multiples of the training length."""
+    steps: int = 1200
+    batch: int = 32
+    recall_share: float = 0.25
+    """Share of each batch that is recall tasks (passkey, MQAR) of the training length."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.1
+    learning_rates: tuple[float, ...] = (3e-3,)
+    """Tried for each system in runs of their own; one rate = no search."""
+    search_steps: int = 400
+    """Length of each search run."""
+    seeds: tuple[int, ...] = (0,)
+    windows: int = 64
+    """Held-out windows, and recall problems of each kind and length, that are scored."""
+    threads: int = 1
+    """Threads of each run. Part of the work: sums depend on it in the last bit."""
+
+    def __post_init__(self):
+        for name in self.systems:
+            arm(name, self)
+        if not self.systems or not self.seeds or not self.learning_rates:
+            raise ValueError("systems, seeds and learning_rates must not be empty")
+        if len(set(self.systems)) < len(self.systems):
+            raise ValueError(f"a system stands twice in {' '.join(self.systems)}")
+        if self.multiples[:1] != (1,) or list(self.multiples) != sorted(set(self.multiples)):
+            raise ValueError(f"multiples must rise and begin with 1, got {self.multiples}")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width / heads must be a whole even number, got {self.width} / {self.heads}"
+            )
+        if not 0 <= self.recall_share < 1:
+            raise ValueError(
+                f"recall_share is a share of the batch below 1, got {self.recall_share}"
+            )
+        if self.context < 48:
+            raise ValueError(
+                f"the recall tasks need a context of at least 48 tokens, got {self.context}"
+            )
+        for name in ("layers", "steps", "batch", "search_steps", "windows", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Evaluation lengths in tokens."""
+        return tuple(self.context * m for m in self.multiples)
+
+    @property
+    def targets(self) -> int:
+        """Tokens at the end of a window that are scored, the same ones at every length."""
+        return self.context // 2
+
+    def settings(self) -> dict:
+        """All fields as JSON can hold them."""
+        fields = dataclasses.asdict(self)
+        return fields | {"data": None if self.data is None else str(self.data)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A system as it runs in the lab: the catalogue entry, its positions, its norms."""
+
+    name: str
+    entry: Entry
+    positions: str
+    qk_norm: bool
+    hybrid_norm: bool
+    layer_scale: bool
+
+    @property
+    def title(self) -> str:
+        """Without what the entry's title already says, with what differs from the usual."""
+        traits = self.name.split("/")[1:]
+        names = {"p-rope": "p-RoPE", "alibi": "ALiBi", "none": "NoPE", "rope": "RoPE"}
+        marks = [names.get(trait, trait) for trait in traits]
+        return self.entry.title + (f" · {', '.join(marks)}" if marks else "")
+
+
+def arm(name: str, work: Work) -> Arm:
+    """Read `system/trait/trait`.
+
+    >>> arm("softmax/alibi", Work()).positions
+    'alibi'
+    """
+    system, *traits = name.split("/")
+    entry = find(system)
+    known = (*POSITIONS, "bare", "hybrid", "layerscale")
+    if unknown := [t for t in traits if t not in known]:
+        raise ValueError(f"{name}: no trait {', '.join(unknown)}; there are {', '.join(known)}")
+    places = [t for t in traits if t in POSITIONS]
+    if len(places) > 1:
+        raise ValueError(f"{name} names {len(places)} position encodings; give one")
+    return Arm(
+        name=name,
+        entry=entry,
+        positions=places[0] if places else work.positions,
+        # the cosine systems normalise by themselves
+        qk_norm=work.qk_norm and "bare" not in traits and not entry.laws.scale_free,
+        hybrid_norm=work.hybrid_norm or "hybrid" in traits,
+        layer_scale=work.layer_scale or "layerscale" in traits,
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one arm: what determines its numbers, and nothing else."""
+
+    work: Work
+    system: str
+    seed: int
+    learning_rate: float
+    kind: Literal["train", "search"]
+    data_digest: str
+
+    @property
+    def steps(self) -> int:
+        return self.work.steps if self.kind == "train" else self.work.search_steps
+
+    @property
+    def arm(self) -> Arm:
+        return arm(self.system, self.work)
+
+    def settings(self) -> dict:
+        """What the identity is made of: the work without what other runs do."""
+        others = ("systems", "seeds", "learning_rates", "data", "search_steps", "steps")
+        work = {k: v for k, v in self.work.settings().items() if k not in others}
+        own = {f: getattr(self, f) for f in ("system", "seed", "learning_rate", "kind", "steps")}
+        return work | own | {"data_digest": self.data_digest}
+
+    @property
+    def id(self) -> str:
+        """Readable and unique: the system, the seed, and a digest of the settings."""
+        return f"{self.system.replace('/', '+')}-{self.kind}{self.seed}-{digest(self.settings())}"
+
+
+def digest(settings: dict) -> str:
+    """12 hexadecimal digits that stand for the settings.
+
+    >>> digest({"a": 1})
+    '015abd7f5cc5'
+    """
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+STANDARD_SYSTEMS = (
+    "softmax/bare",
+    "softmax",
+    "softmax/alibi",
+    "log-n",
+    "log-n/p-rope",
+    "cosine",
+    "scale-invariant/p-rope",
+    "lssa",
+    "lssar",
+    "lssar-log",
+    "sigmoid/hybrid",
+)
+
+PRESETS = {
+    "quick": Work(
+        systems=(
+            "softmax",
+            "softmax/alibi",
+            "cosine",
+            "scale-invariant/p-rope",
+            "lssar",
+            "sigmoid",
+        ),
+        steps=500,
+        windows=32,
+    ),
+    "standard": Work(
+        systems=STANDARD_SYSTEMS,
+        steps=1500,
+        learning_rates=(1.5e-3, 3e-3, 6e-3),
+        search_steps=400,
+        seeds=(0, 1, 2),
+        windows=128,
+    ),
+    "long": Work(
+        systems=STANDARD_SYSTEMS,
+        layers=6,
+        width=192,
+        heads=6,
+        context=128,
+        steps=5000,
+        learning_rates=(1e-3, 2e-3, 4e-3),
+        search_steps=1000,
+        seeds=(0, 1, 2),
+        windows=256,
+    ),
+}
+"""quick: some minutes on two cores. standard: about an hour. long: a night or more."""
