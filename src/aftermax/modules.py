@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
 
 from aftermax.dense import System, as_system
@@ -115,10 +116,12 @@ class Attention(nn.Module):
                 not, with this module's ALiBi slopes added.
         """
         query, key, value = self.project(x, start=0)
-        if isinstance(visible, Tensor) and visible.shape != x.shape[:2]:
+        if isinstance(visible, Tensor) and (
+            visible.dtype != torch.bool or visible.shape != x.shape[:2]
+        ):
             raise ValueError(
-                f"visible as a mask of tokens must be (B, T) = {tuple(x.shape[:2])}, "
-                f"got {tuple(visible.shape)}"
+                f"visible as a mask of tokens must be bool of shape (B, T) = {tuple(x.shape[:2])}, "
+                f"got {visible.dtype} of shape {tuple(visible.shape)}"
             )
         out = self.system.attend(
             query, key, value, self.what_is_visible(visible), **self._options()
