@@ -80,7 +80,8 @@ def law_masks(entry: Entry) -> None:
 
 
 def law_gradients(entry: Entry) -> None:
-    """2. Its gradients, those of what it learns included, are the derivatives (gradcheck)."""
+    """2. Its gradients, those of what it learns included, are the derivatives (gradcheck), and
+    so are the gradients of the gradients."""
     case = case_of(entry, batch=1, heads=2, tokens=5, width=4, value_width=3).wanting_gradients()
 
     def attend(query, key, value, *learned):
@@ -88,6 +89,7 @@ def law_gradients(entry: Entry) -> None:
         return Case(query, key, value, named).attend(entry, Visible(causal=True))
 
     assert torch.autograd.gradcheck(attend, case.leaves)
+    assert torch.autograd.gradgradcheck(attend, case.leaves)
 
 
 def law_mask_gradients(entry: Entry) -> None:
@@ -312,7 +314,7 @@ def law_grouped_queries(entry: Entry) -> None:
         assert_close(gradients(grouped, case), gradients(repeated, case), **EXACT)
 
 
-HALF_SLACK = 2e-5
+HALF_SLACK = 1e-5
 """Float32 error of an output of size 1 that law 11 allows on top of the rounding of the result.
 
 A score is off by about lambda * D * 2^-24, some 1e-5 for the sharpest of the systems (lambda =
@@ -323,8 +325,8 @@ ln 64 ln 33 = 15); LSSAR multiplies a relative error by its power. Scores in bf1
 
 def law_half_precision(entry: Entry) -> None:
     """11. On half-precision inputs it errs from float64 on the same inputs by the rounding of the
-    result (half an ulp) and `HALF_SLACK`, forward; backward, by one rounding of each gradient and
-    one of the upstream sum, on the scale of the largest."""
+    result (half an ulp) and `HALF_SLACK`, forward; backward, by the rounding of the gradient, on
+    the scale of the largest."""
     for dtype in (torch.bfloat16, torch.float16):
         ulp = torch.finfo(dtype).eps
         rounded = case_of(entry, tokens=33, width=64).to(dtype)
@@ -341,7 +343,7 @@ def law_half_precision(entry: Entry) -> None:
         for got, wanted in zip(halves, exacts, strict=True):
             assert got.dtype == dtype
             assert got.isfinite().all()
-            assert (got.to(F64) - wanted).abs().max() <= ulp * wanted.abs().max()
+            assert (got.to(F64) - wanted).abs().max() <= 0.51 * ulp * wanted.abs().max()
 
 
 def law_autocast(entry: Entry) -> None:
@@ -367,16 +369,21 @@ class _Attend(torch.nn.Module):
 
 
 def law_compiles(entry: Entry) -> None:
-    """12. torch.compile takes it whole (fullgraph), forward and backward, with equal results.
+    """12. torch.compile takes it whole (fullgraph), forward and backward, with equal results,
+    in one block and in several.
 
     The library registers no custom operator, so there is none to opcheck."""
-    torch._dynamo.reset()
     case = case_of(entry, tokens=6).wanting_gradients()
     module = _Attend(entry, list(case.learned), Visible(causal=True))
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    expected, out = module(*case.leaves), compiled(*case.leaves)
-    assert_close(out, expected, **EXACT)
-    assert_close(gradients(out, case), gradients(expected, case), **EXACT)
+    expected = module(*case.leaves)
+    for scores in (2**21, 150):
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        with blocks_of(scores):
+            out = compiled(*case.leaves)
+            assert_close(out, expected, **EXACT)
+            got = gradients(out, case)
+        assert_close(got, gradients(module(*case.leaves), case), **EXACT)
 
 
 def law_exports(entry: Entry) -> None:

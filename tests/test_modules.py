@@ -333,8 +333,13 @@ def test_a_step_needs_a_causal_module():
 
 @pytest.mark.parametrize("shape", [(8,), (2, 7), (2, 8, 8)])
 def test_padding_that_does_not_fit_is_refused(shape):
-    with pytest.raises(ValueError, match=r"visible .*\(B, T\) = \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"visible .* bool of shape \(B, T\) = \(2, 8\), got"):
         module_of()(tokens(), torch.ones(shape, dtype=torch.bool))
+
+
+def test_padding_of_zeros_and_ones_is_refused_not_added():
+    with pytest.raises(ValueError, match=r"must be bool .* got torch\.float32 of shape \(2, 8\)"):
+        module_of()(tokens(), torch.ones(2, 8))
 
 
 def test_seen_that_does_not_fit_is_refused():
