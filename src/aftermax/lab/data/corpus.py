@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -87,9 +88,12 @@ class Corpus:
         rooms = [(a, b) for a, b in self.documents(split) if b - a >= length]
         if not rooms:
             longest = max(b - a for a, b in self.documents(split))
+            need, remedy = "one context", "give longer texts"
+            if split == "validation":
+                need, remedy = "the longest evaluation", "ask for smaller --multiples"
             raise ValueError(
-                f"no held-out document of {self.name} has the {length} tokens that the longest "
-                f"evaluation needs (the longest has {longest}); ask for smaller --multiples"
+                f"no {split} document of {self.name} has the {length} tokens that {need} needs "
+                f"(the longest has {longest}); {remedy}"
             )
         generator = torch.Generator().manual_seed(seed)
         places = torch.tensor([b - a - length + 1 for a, b in rooms], dtype=torch.float64)
@@ -118,14 +122,27 @@ def prepare(
         out: folder of all corpora; this one gets a folder named by its digest.
 
     Raises:
-        ValueError, OSError: before anything is written, saying what is wrong with the data.
+        ValueError, OSError: before anything is kept, saying what is wrong with the data.
     """
     documents = read_documents(data)
     digest = _digest(documents, tokenizer, vocabulary)
     folder = out / digest
     if not (folder / "meta.json").exists():
-        _write(documents, data, digest, tokenizer, vocabulary, folder)
+        scratch = folder.with_name(f"{digest}.{os.getpid()}")  # renamed when whole
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            _write(documents, data, digest, tokenizer, vocabulary, scratch)
+            _check(Corpus.open(scratch), shortest, longest)
+            with contextlib.suppress(OSError):  # another process was first with the same text
+                scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     corpus = Corpus.open(folder)
+    _check(corpus, shortest, longest)
+    return corpus
+
+
+def _check(corpus: Corpus, shortest: int, longest: int) -> None:
     for split in SPLITS:
         if len(corpus.tokens(split)) < shortest:
             raise ValueError(
@@ -134,15 +151,13 @@ def prepare(
             )
     corpus.held_out_windows("tune", 1, shortest)
     corpus.held_out_windows("validation", 1, longest)
-    return corpus
 
 
 def _write(documents, data, digest, tokenizer, vocabulary, folder: Path) -> None:
     splits = split_documents(documents)
     encode, text_vocabulary, model = _tokenizer(tokenizer, vocabulary, splits["train"])
     symbols = Symbols(text_vocabulary)
-    scratch = folder.with_name(f"{folder.name}.{os.getpid()}")  # renamed when whole
-    scratch.mkdir(parents=True)
+    folder.mkdir(parents=True)
     counts = {}
     for split, parts in splits.items():
         stream, places, position = [], [], 0
@@ -152,12 +167,12 @@ def _write(documents, data, digest, tokenizer, vocabulary, folder: Path) -> None
             stream.append(np.append(ids, symbols.end).astype(np.uint16))
             position += len(ids) + 1
         (np.concatenate(stream) if stream else np.empty(0, np.uint16)).tofile(
-            scratch / f"{split}.tokens"
+            folder / f"{split}.tokens"
         )
-        (scratch / f"{split}.documents.json").write_text(json.dumps(places))
+        (folder / f"{split}.documents.json").write_text(json.dumps(places))
         counts[split] = position
     if model is not None:
-        (scratch / "tokenizer.json").write_text(model)
+        (folder / "tokenizer.json").write_text(model)
     size = sum(len(d.text) for d in documents)
     meta = {
         "name": "the Python standard library" if data is None else str(data),
@@ -169,11 +184,7 @@ def _write(documents, data, digest, tokenizer, vocabulary, folder: Path) -> None
         "tokens": counts,
         "bytes_per_token": size / max(1, sum(counts.values())),
     }
-    (scratch / "meta.json").write_text(json.dumps(meta, indent=2))
-    try:
-        scratch.rename(folder)
-    except OSError:  # another process was first with the same text
-        shutil.rmtree(scratch)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2))
 
 
 def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
@@ -197,12 +208,20 @@ def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
 def _cut(documents: list[Document]) -> dict[str, list[Document]]:
     splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for document in documents:
-        start = 0
-        for split, share in reversed(SPLITS.items()):
-            stop = start + round(share * len(document.text))
+        start, share = 0, 0.0
+        for split in reversed(SPLITS):
+            share += SPLITS[split]
+            stop = _between_characters(document.text, round(share * len(document.text)))
             splits[split].append(Document(f"{document.name}:{split}", document.text[start:stop]))
             start = stop
     return splits
+
+
+def _between_characters(text: bytes, place: int) -> int:
+    """The first place from this one on that is not within a UTF-8 character."""
+    while place < len(text) and text[place] & 0xC0 == 0x80:
+        place += 1
+    return place
 
 
 def _digest(documents: list[Document], tokenizer: str, vocabulary: int) -> str:

@@ -28,7 +28,11 @@ def read_documents(data: Path | None) -> list[Document]:
         paths = [p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts)]
     elif data.is_dir():
         root = data
-        paths = [p for p in data.rglob("*") if p.is_file() and not SKIPPED & set(p.parts)]
+        paths = [
+            p
+            for p in data.rglob("*")
+            if p.is_file() and not SKIPPED & set(p.relative_to(root).parts)
+        ]
     elif data.exists():
         root, paths = data.parent, [data]
     else:
@@ -40,7 +44,9 @@ def read_documents(data: Path | None) -> list[Document]:
         if text:
             documents.append(Document(path.relative_to(root).as_posix(), text))
     if not documents:
-        where = "is not text (UTF-8)" if data is not None and data.is_file() else "holds no text"
+        where = "holds no text"
+        if data is not None and data.is_file():
+            where = "is not text (UTF-8)" if data.stat().st_size else "is empty"
         raise ValueError(f"--data {root if data is None else data} {where}")
     return documents
 

@@ -1,0 +1,93 @@
+"""A work so small that a test can train it, a text so small that a test can write it."""
+
+from __future__ import annotations
+
+import random
+import shlex
+from pathlib import Path
+
+import torch
+
+from aftermax.cli import preset_of
+from aftermax.lab.data.corpus import Corpus, prepare
+from aftermax.lab.models import DecoderLM
+from aftermax.lab.store import Store
+from aftermax.lab.work import Run, Work
+
+TINY = {
+    "systems": ("softmax", "lssar"),
+    "layers": 1,
+    "width": 16,
+    "heads": 2,
+    "context": 48,
+    "multiples": (1, 2),
+    "steps": 12,
+    "batch": 4,
+    "recall_share": 0.5,
+    "windows": 2,
+}
+
+
+def tiny_work(data: Path, **changes) -> Work:
+    """Two systems in a model of one layer; some milliseconds a step."""
+    return Work(**{**TINY, "data": data, **changes})
+
+
+def prose(seed: int, size: int) -> str:
+    """Lines of made-up words, the same for the same seed."""
+    chance = random.Random(seed)
+    words = ["".join(chance.choices("aeiounrstlé", k=chance.randint(2, 7))) for _ in range(40)]
+    text = ""
+    while len(text.encode()) < size:
+        text += " ".join(chance.choices(words, k=8)) + ".\n"
+    return text
+
+
+def write_texts(folder: Path) -> Path:
+    """Nine files of text, two of them in a folder below, and two files that are not text."""
+    (folder / "deeper").mkdir(parents=True)
+    for i in range(9):
+        place = folder / "deeper" if i > 6 else folder
+        (place / f"{i}.txt").write_text(prose(i, 900 + 100 * i), encoding="utf-8")
+    (folder / "binary.bin").write_bytes(b"begins like text" + bytes(range(256)))
+    (folder / "latin-1.txt").write_bytes("où été là ".encode("latin-1") * 50)
+    return folder
+
+
+def prepared(work: Work, out: Path) -> Corpus:
+    """The work's corpus, as `compare` prepares it."""
+    return prepare(
+        work.data,
+        work.tokenizer,
+        work.vocabulary,
+        work.context + 1,
+        work.lengths[-1] + 1,
+        out / "data",
+    )
+
+
+def run_of(work: Work, corpus: Corpus, system: str = "softmax", **changes) -> Run:
+    settings = {"seed": 0, "learning_rate": 3e-3, "kind": "train"} | changes
+    return Run(work, system, data_digest=corpus.digest, **settings)
+
+
+def model_of(work: Work, system: str = "softmax", vocabulary: int = 290) -> DecoderLM:
+    torch.manual_seed(0)
+    return DecoderLM(work, run_arm(work, system), vocabulary)
+
+
+def run_arm(work: Work, system: str):
+    return Run(work, system, 0, 1e-3, "train", "").arm
+
+
+def command(work: Work, out: Path, workers: int = 1) -> list[str]:
+    """The arguments of `aftermax` that run this work, as the report prints them."""
+    options = shlex.split(preset_of(work))
+    return ["compare", *options, "--out", str(out), "--workers", str(workers)]
+
+
+def open_store(folder: Path, run: Run, work: str = "w") -> Store:
+    """A store that knows of one run."""
+    store = Store(folder / "store.sqlite")
+    store.add_run(work, run.id, run.kind, run.system, run.seed, run.learning_rate, run.settings())
+    return store
