@@ -186,6 +186,22 @@ def test_no_tensor_of_queries_times_keys_is_ever_built():
     assert biggest <= 2000
 
 
+def test_no_block_is_kept_for_the_backward_pass():
+    saved = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        saved.append(x.numel())
+        return x
+
+    q = normal(1, 1, 200, 4).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with blocks_of(2000):
+            attention(q, q, q, weights=LSSAR(), is_causal=True)
+        in_blocks, saved = sum(saved), []
+        attention(q, q, q, weights=LSSAR(), is_causal=True)
+    assert in_blocks < 200 * 200 / 2 < sum(saved)
+
+
 # dropout
 
 
