@@ -51,7 +51,7 @@ class Cell:
 def write_report(results: Results, path: Path) -> None:
     """Write the HTML, and SVG and PNG of every figure in `figures/` beside it."""
     if not results.arms:
-        raise ValueError("no system has a measured run yet: let `aftermax compare` finish one")
+        raise ValueError("no system has a measured run: none is finished, or each diverged")
     figures = plots.draw(results)
     plots.save(figures, path.parent / "figures")
     shown = [(name, *CAPTIONS[name], _svg(figure)) for name, figure in figures.items()]
@@ -69,7 +69,7 @@ def write_report(results: Results, path: Path) -> None:
         settings=settings(results),
     )
     scratch = path.with_suffix(".part")
-    scratch.write_text(page)
+    scratch.write_text(page, encoding="utf-8")
     scratch.replace(path)
 
 
@@ -151,6 +151,7 @@ def settings(results: Results) -> dict[str, str]:
         f"{work.recall_share:.0%} of a batch recall tasks; AdamW, warm-up, cosine",
         "learning rate": search,
         "seeds": ", ".join(map(str, work.seeds)),
+        "diverged": "; ".join(f"{s}, seed {n}" for s, n in results.diverged) or "no run",
         "scored": f"{work.windows} held-out windows, the last {work.targets} tokens of each; "
         f"{work.windows} recall problems of each kind and length",
         "machine": f"{machine['processor']}, {machine['cores']} cores ({machine['isa']}), "

@@ -61,7 +61,10 @@ class Results:
         import pyarrow.parquet as pq
 
         table = pq.read_table(path)
-        return cls._of(json.loads(table.schema.metadata[b"aftermax"]), table.to_pylist())
+        about = (table.schema.metadata or {}).get(b"aftermax")
+        if about is None:
+            raise ValueError(f"{path} is not a file of `aftermax export`")
+        return cls._of(json.loads(about), table.to_pylist())
 
     @classmethod
     def _of(cls, about: dict, records: list[dict]) -> Results:
@@ -80,7 +83,10 @@ class Results:
                 curves[r["system"]][r["seed"]].append((r["step"], r["value"]))
                 continue
             seed = -1 if r["kind"] == "cost" else r["seed"]
-            values[r["system"], r["measure"], r["length"]][seed] = r["value"]
+            if math.isfinite(r["value"]):
+                values[r["system"], r["measure"], r["length"]][seed] = r["value"]
+            else:
+                values[r["system"], "diverged", r["length"]][seed] = 1.0
         plain = {s: {seed: sorted(c) for seed, c in by.items()} for s, by in curves.items()}
         return cls(
             work, about["preset"], about["machine"], about["data"],
@@ -91,6 +97,13 @@ class Results:
     def arms(self) -> list[Arm]:
         """The systems that have a measured run, in the order of the work."""
         return [arm(s, self.work) for s in self.work.systems if self.at(s, "loss", 1)]
+
+    @property
+    def diverged(self) -> list[tuple[str, int]]:
+        """System and seed of the runs that have no part in some mean."""
+        found = {(s, seed) for (s, m, _), by in self.values.items() if m == "diverged"
+                 for seed in by}  # fmt: skip
+        return sorted(found)
 
     @property
     def seeds(self) -> int:

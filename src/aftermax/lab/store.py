@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Iterable
@@ -158,7 +159,8 @@ class Store:
             "order by step, length, measure",
             (run,),
         )
-        return [Row(*row) for row in found]
+        # SQLite keeps what is not a number as null
+        return [Row(*key, math.nan if value is None else value) for *key, value in found]
 
     def export(self, work: str, path: Path) -> int:
         """Every row of a work, with its run's system, seed and rate, as Parquet; their count."""
