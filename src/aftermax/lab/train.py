@@ -62,18 +62,23 @@ def train(
         log: list[Row] = []
         while step < run.steps:
             if not proceed():
-                save(checkpoint, model, optimiser, step)
+                if step:  # before the first step there is nothing to keep
+                    store.write(run.id, log)
+                    save(checkpoint, model, optimiser, step)
                 return False
             loss = train_step(model, optimiser, batch(run, corpus, step), run, step)
             step += 1
             if step % LOG_EVERY == 0 or step == run.steps:
                 if not math.isfinite(loss.item()):
-                    return _diverged(run, store, step)
+                    # a result: the run is done, and says so
+                    log.append(Row(step, run.work.context, "diverged", 1.0))
+                    store.write(run.id, log, done=True)
+                    return True
                 log.append(Row(step, run.work.context, "train_loss", loss.item()))
                 store.report_progress(run.id, step, run.steps, loss.item())
             if step % CHECKPOINT_EVERY == 0 or step == run.steps:
+                store.write(run.id, log)  # first: a row that is lost is not made again
                 save(checkpoint, model, optimiser, step)
-                store.write(run.id, log)
                 log = []
         store.report_progress(run.id, step, run.steps, math.nan, "measuring")
         model.eval()
@@ -187,12 +192,6 @@ def load(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
         return json.loads(checkpoint.metadata()["step"])
 
 
-def _diverged(run: Run, store: Store, step: int) -> bool:
-    """A loss that is not finite is a result: the run is done, and says so."""
-    store.write(run.id, [Row(step, run.work.context, "diverged", 1.0)], done=True)
-    return True
-
-
 @contextmanager
 def _alone(folder: Path):
     """Hold the run's lock, so that two processes never write one run; it dies with the process."""
@@ -201,5 +200,5 @@ def _alone(folder: Path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another process is at work on {folder.name}") from None
+            raise BlockingIOError(f"another process is at work on {folder.name}") from None
         yield
