@@ -8,8 +8,10 @@ import multiprocessing
 import os
 import platform
 import signal
-import sys
+import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -136,7 +138,8 @@ class _Grid:
 
     def _tuning_loss(self, run: Run) -> float:
         rows = {row.measure: row.value for row in self.store.rows(run.id)}
-        return rows.get("tuning_loss", math.inf)  # a run that diverged has none
+        loss = rows.get("tuning_loss", math.nan)  # a run that diverged has none
+        return loss if math.isfinite(loss) else math.inf
 
     def _do(self, phase: str, runs: list[Run]) -> None:
         for run in runs:
@@ -153,11 +156,12 @@ class _Grid:
         with ProcessPoolExecutor(
             min(self.workers, len(waiting)), context, _start_worker, (stop, os.getpid())
         ) as pool:
-            futures: dict[Future, Run] = {
-                pool.submit(_work, run, self.corpus.folder, self.store.path, self.out / "runs"): run
-                for run in waiting
-            }
+            futures: dict[Future, Run] = {}
             try:
+                with _interrupt_held():  # workers inherit this: a Ctrl-C is the parent's alone
+                    for run in waiting:
+                        given = (run, self.corpus.folder, self.store.path, self.out / "runs")
+                        futures[pool.submit(_work, *given)] = run
                 pending = set(futures)
                 while pending:
                     done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -165,19 +169,39 @@ class _Grid:
                         future.result()
                         finished.add(futures[future].id)
                     self.board.refresh(finished)
+            except BrokenProcessPool:
+                raise ChildProcessError(
+                    "a worker was killed, for want of memory perhaps: try fewer --workers; "
+                    "the same command goes on from here"
+                ) from None
             except BaseException:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
 
+@contextlib.contextmanager
+def _interrupt_held():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(stop, parent: int) -> None:
-    """A worker leaves Ctrl-C to the parent, and stops at the next step when the parent is gone."""
+    """A worker leaves Ctrl-C to the parent, and ends when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     global _proceed
-    _proceed = lambda: not stop.is_set() and os.getppid() == parent  # noqa: E731
-    if sys.stdout is not None:
-        sys.stdout.flush()
+    _proceed = lambda: not stop.is_set()  # noqa: E731
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would wait for its next run forever."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)  # at any moment: what is written is whole
 
 
 def _proceed() -> bool:
