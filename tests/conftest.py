@@ -14,3 +14,11 @@ hypothesis.settings.load_profile("aftermax")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def comparison(tmp_path_factory):
+    """A finished `aftermax compare`, for tests that only read it: its folder, what it printed."""
+    from .lab_work import compared  # here, so that the library's own tests do without the lab
+
+    return compared(tmp_path_factory.mktemp("comparison"))

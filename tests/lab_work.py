@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 
-from aftermax.cli import preset_of
+from aftermax.cli import main, preset_of
 from aftermax.lab.data.corpus import Corpus, prepare
 from aftermax.lab.models import DecoderLM
 from aftermax.lab.store import Store
@@ -84,6 +87,28 @@ def command(work: Work, out: Path, workers: int = 1) -> list[str]:
     """The arguments of `aftermax` that run this work, as the report prints them."""
     options = shlex.split(preset_of(work))
     return ["compare", *options, "--out", str(out), "--workers", str(workers)]
+
+
+def compared(folder: Path) -> tuple[Path, str]:
+    """Two systems and a trait, three seeds, from the command line to the report, in this process.
+
+    The learning rate is searched, so that every phase has its part.
+    """
+    work = tiny_work(
+        write_texts(folder / "texts"),
+        systems=("softmax", "lssar", "log-n/p-rope"),
+        seeds=(0, 1, 2),
+        learning_rates=(1e-3, 3e-3),
+        search_steps=4,
+        steps=40,
+    )
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setenv("COLUMNS", "120")
+        patch.setattr("sys.argv", ["aftermax", *command(work, folder / "out")])
+        patch.setattr("aftermax.lab.cost.ROUNDS", 2)
+        main()
+    return folder / "out", said.getvalue()
 
 
 def open_store(folder: Path, run: Run, work: str = "w") -> Store:

@@ -38,7 +38,7 @@ def followers(tokens: list[int], asked: list[bool]) -> list[tuple[int, list[int]
 @problems
 def test_every_answer_stands_in_the_context_and_nothing_contradicts_it(task, count, length, seed):
     """What asks stood before, and was always followed by what is the answer now."""
-    tokens, asked = made(task, count, length, seed)
+    tokens, asked, _ = made(task, count, length, seed)
     for row, mask in zip(tokens.tolist(), asked.tolist(), strict=True):
         for answer, before in followers(row, mask):
             assert before
@@ -48,9 +48,11 @@ def test_every_answer_stands_in_the_context_and_nothing_contradicts_it(task, cou
 @every_task
 @problems
 def test_what_is_no_symbol_is_the_haystack(task, count, length, seed):
-    tokens, _ = made(task, count, length, seed)
-    text = tokens < SYMBOLS.text
-    assert torch.equal(tokens[text], haystack(count, length)[text])
+    tokens, asked, text = made(task, count, length, seed)
+    is_text = tokens < SYMBOLS.text
+    assert torch.equal(tokens[is_text], haystack(count, length)[is_text])
+    assert torch.equal(text, is_text[:, 1:])
+    assert not (text & asked).any()
     assert (tokens < SYMBOLS.total).all()
     assert (tokens != SYMBOLS.end).all()
 
@@ -58,17 +60,17 @@ def test_what_is_no_symbol_is_the_haystack(task, count, length, seed):
 @every_task
 @problems
 def test_shapes_are_those_of_a_training_batch(task, count, length, seed):
-    tokens, asked = made(task, count, length, seed)
+    tokens, asked, text = made(task, count, length, seed)
     assert (tokens.shape, tokens.dtype) == ((count, length + 1), torch.int64)
-    assert (asked.shape, asked.dtype) == ((count, length), torch.bool)
+    for mask in (asked, text):
+        assert (mask.shape, mask.dtype) == ((count, length), torch.bool)
 
 
 @every_task
 @problems
 def test_the_same_generator_gives_the_same_problems(task, count, length, seed):
     first, second = made(task, count, length, seed), made(task, count, length, seed)
-    assert torch.equal(first.tokens, second.tokens)
-    assert torch.equal(first.asked, second.asked)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @every_task
@@ -81,7 +83,7 @@ def test_another_generator_gives_others_and_the_text_stays_as_it_was(task):
 
 @problems
 def test_a_passkey_stands_once_before_it_is_asked_for_at_the_end(count, length, seed):
-    tokens, asked = made("passkey", count, length, seed)
+    tokens, asked, _ = made("passkey", count, length, seed)
     width = int(asked[0].sum())
     for row, mask in zip(tokens, asked, strict=True):
         marks = (row == SYMBOLS.mark).nonzero().flatten().tolist()
@@ -95,7 +97,7 @@ def test_a_passkey_stands_once_before_it_is_asked_for_at_the_end(count, length, 
 
 
 def test_passkeys_stand_at_every_depth():
-    tokens, _ = made("passkey", 400, 48, 0)
+    tokens = made("passkey", 400, 48, 0).tokens
     first = (tokens == SYMBOLS.mark).float().argmax(1)
     assert first.min() == 0
     assert first.unique().numel() > 30
@@ -103,7 +105,7 @@ def test_passkeys_stand_at_every_depth():
 
 @problems
 def test_mqar_asks_only_for_values_of_its_own_pairs(count, length, seed):
-    tokens, asked = made("mqar", count, length, seed)
+    tokens, asked, _ = made("mqar", count, length, seed)
     question = length + 1 - 2 * ASKED
     for row, mask in zip(tokens.tolist(), asked.tolist(), strict=True):
         places = [i for i in range(question) if row[i] >= SYMBOLS.text]
@@ -118,7 +120,7 @@ def test_mqar_asks_only_for_values_of_its_own_pairs(count, length, seed):
 
 
 def test_mqar_asks_for_every_pair_and_puts_pairs_everywhere():
-    tokens, _ = made("mqar", 400, 48, 0)
+    tokens = made("mqar", 400, 48, 0).tokens
     question = 49 - 2 * ASKED
     asked = tokens[:, question::2]
     assert {len(set(row)) for row in asked.tolist()} >= {3, 4}

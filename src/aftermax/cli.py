@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -105,14 +106,16 @@ def preset_of(work: Work) -> str:
         return [key for key in own if own[key] != base[key]]
 
     name = min(PRESETS, key=lambda preset: len(changed(preset)))
-    options = [
-        f"--{key.replace('_', '-')} {_option(work.settings()[key])}" for key in changed(name)
-    ]
-    return " ".join([name, *options])
+    return " ".join([name, *(_option(key, work.settings()[key]) for key in changed(name))])
 
 
-def _option(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _option(key: str, value) -> str:
+    """As a shell wants it."""
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    values = value if isinstance(value, list | tuple) else [value]
+    return f"--{name} {shlex.join(map(str, values))}"
 
 
 def _existing(out: Path):

@@ -60,6 +60,8 @@ class Results:
         """From a file that `aftermax export` wrote."""
         import pyarrow.parquet as pq
 
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: there is no such file")
         table = pq.read_table(path)
         about = (table.schema.metadata or {}).get(b"aftermax")
         if about is None:

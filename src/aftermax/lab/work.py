@@ -67,16 +67,24 @@ class Work:
     def __post_init__(self):
         for name in self.systems:
             arm(name, self)
-        if not self.systems or not self.seeds or not self.learning_rates:
-            raise ValueError("systems, seeds and learning_rates must not be empty")
-        if len(set(self.systems)) < len(self.systems):
-            raise ValueError(f"a system stands twice in {' '.join(self.systems)}")
+        for name in ("systems", "seeds", "learning_rates"):
+            given = getattr(self, name)
+            if not given:
+                raise ValueError(f"{name} must not be empty")
+            if len(set(given)) < len(given):
+                raise ValueError(f"one of the {name} stands twice in {' '.join(map(str, given))}")
+        counts = ("layers", "heads", "steps", "batch", "search_steps", "windows", "threads")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.multiples[:1] != (1,) or list(self.multiples) != sorted(set(self.multiples)):
             raise ValueError(f"multiples must rise and begin with 1, got {self.multiples}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
                 f"width / heads must be a whole even number, got {self.width} / {self.heads}"
             )
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
         if not 0 <= self.recall_share < 1:
             raise ValueError(
                 f"recall_share is a share of the batch below 1, got {self.recall_share}"
@@ -85,9 +93,6 @@ class Work:
             raise ValueError(
                 f"the recall tasks need a context of at least 48 tokens, got {self.context}"
             )
-        for name in ("layers", "steps", "batch", "search_steps", "windows", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def lengths(self) -> tuple[int, ...]:
