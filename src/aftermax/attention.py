@@ -19,7 +19,7 @@ from aftermax.visible import Rows, Visible
 from aftermax.weights.row_map import RowMap
 from aftermax.weights.softmax import Softmax
 
-BLOCK_SCORES = 2**21
+BLOCK_SCORES = 2**20
 """Scores that one block may hold, over batch, heads, rows and keys: 8 MiB in float32."""
 
 IMPLS = ("reference",)
@@ -83,11 +83,14 @@ def attention(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in walk.tensors())
     out = []
     with _no_autocast(query.device):
-        for start, stop in blocks:
+        # from the last block, the largest under causality: what it frees holds all others, where
+        # ever larger blocks would each find the freed memory too small and leave it in pieces
+        for start, stop in reversed(blocks):
             if needs_grad and len(blocks) > 1:
                 out.append(checkpoint(walk.out, start, stop, dropout_p, use_reentrant=False))
             else:
                 out.append(walk.out(start, stop, dropout_p))
+    out.reverse()
     joined = out[0] if len(out) == 1 else torch.cat(out, -2)
     return joined.reshape(*lead, *joined.shape[-2:])
 
@@ -149,11 +152,11 @@ def resolve_impl(impl: str | None) -> str:
 class _Walk:
     """One call, checked and prepared: what all of its blocks share."""
 
-    query: Tensor  # (B, H, Tq, D), prepared and scaled
+    query: Tensor  # (B, H, Tq, D), as given: each block prepares its own rows
     key: Tensor  # (B, Hkv, Tk, D), prepared
     value: Tensor  # (B, Hkv, Tk, Dv)
-    flawed_query: Tensor  # bool (B, H, Tq, 1): not finite, and set to 0 above
     flawed_key: Tensor  # bool (B, H, 1, Tk): key or value not finite, and set to 0 above
+    scale: float
     weights: RowMap
     visible: Visible
     sequence: Tensor | None
@@ -173,17 +176,13 @@ class _Walk:
         dtype = query.dtype
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         query, key, value = (x.to(compute) for x in (query, key, value))
-        query_is_sound = query.isfinite().all(-1, keepdim=True)
         key_is_sound = (key.isfinite().all(-1) & value.isfinite().all(-1))[..., None]
-        query = weights.prepare(torch.where(query_is_sound, query, 0))
         key = weights.prepare(torch.where(key_is_sound, key, 0))
         value = torch.where(key_is_sound, value, 0)
-        query = query * (weights.scale(width) if scale is None else scale)
+        scale = weights.scale(width) if scale is None else scale
         flawed_key = ~key_is_sound.transpose(-1, -2).repeat_interleave(heads // key.shape[1], 1)
 
-        walk = cls(
-            query, key, value, ~query_is_sound, flawed_key, weights, visible, None, learned, dtype
-        )
+        walk = cls(query, key, value, flawed_key, scale, weights, visible, None, learned, dtype)
         if not weights.needs_sequence_count:
             return walk
         counted = visible.seen_by_any(
@@ -212,7 +211,9 @@ class _Walk:
     def weights_of(self, start: int, stop: int, rows: Rows, span: tuple[int, int]) -> Tensor:
         """(B, H, rows, keys of the span)."""
         key = self.key[:, :, span[0] : span[1]]
-        scores = _matmul_grouped(self.query[:, :, start:stop], key.transpose(-1, -2))
+        query = torch.where(self.sound_query(start, stop), self.query[:, :, start:stop], 0)
+        query = self.weights.prepare(query) * self.scale
+        scores = _matmul_grouped(query, key.transpose(-1, -2))
         if span[0] == span[1]:
             return scores  # no keys, no weights
         return self.weights.weigh(scores, rows, **self.learned)
@@ -231,9 +232,13 @@ class _Walk:
             poisoned = poisoned.any(1, keepdim=True)
         return out.masked_fill(poisoned, torch.nan).to(self.dtype)
 
+    def sound_query(self, start: int, stop: int) -> Tensor:
+        """bool (B, H, rows, 1): the queries that are finite."""
+        return self.query[:, :, start:stop].isfinite().all(-1, keepdim=True)
+
     def poisoned(self, start: int, stop: int, rows: Rows, span: tuple[int, int]) -> Tensor:
         """(B, H, rows, 1): the rows that see what is not finite."""
-        flawed = self.flawed_key[..., span[0] : span[1]] | self.flawed_query[:, :, start:stop]
+        flawed = self.flawed_key[..., span[0] : span[1]] | ~self.sound_query(start, stop)
         return (rows.visible & flawed).any(-1, keepdim=True)
 
 

@@ -108,7 +108,8 @@ class Visible:
             if mask.dtype == torch.bool:
                 visible = visible & mask
             else:
-                visible = visible & (mask > torch.finfo(mask.dtype).min / 2)
+                # NaN is not hidden by this: it shall be seen in the rows that it stands in
+                visible = visible & ~(mask <= torch.finfo(mask.dtype).min / 2)
                 bias = torch.where(visible, mask, 0).to(dtype)
         if self.slopes is not None:
             alibi = -self.slopes.to(dtype)[None, :, None, None] * distance.abs()

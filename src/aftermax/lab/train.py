@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aftermax.lab.data.corpus import Corpus
-from aftermax.lab.data.recall import TRAINING_TASKS
+from aftermax.lab.data.recall import TASKS
 from aftermax.lab.measure import evaluate, tuning_loss
 from aftermax.lab.models import DecoderLM
 from aftermax.lab.store import Row, Store
@@ -109,41 +110,42 @@ def make_optimiser(model: nn.Module, work: Work, learning_rate: float) -> torch.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def batch(run: Run, corpus: Corpus, step: int) -> tuple[Tensor, Tensor]:
-    """(B, T + 1) tokens, and the bool (B, T) targets that are trained on.
+class Batch(NamedTuple):
+    tokens: Tensor  # int64 (B, T + 1)
+    text: Tensor  # bool (B, T): targets that are text
+    answers: Tensor  # bool (B, T): targets that are answers of recall problems
 
-    The first rows are recall problems, half of each kind, where only the answers count.
-    """
+
+def batch(run: Run, corpus: Corpus, step: int) -> Batch:
+    """Windows of text; the first rows have recall problems put into them, half of each kind."""
     work = run.work
     generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
     tokens = corpus.random_windows("train", work.batch, work.context + 1, generator)
-    counted = torch.ones(work.batch, work.context, dtype=torch.bool)
-    each = recall_rows(work) // len(TRAINING_TASKS)
-    for i, task in enumerate(TRAINING_TASKS):
+    text = torch.ones(work.batch, work.context, dtype=torch.bool)
+    answers = torch.zeros_like(text)
+    each = recall_rows(work) // len(TASKS)
+    for i, task in enumerate(TASKS.values()):
         part = slice(i * each, (i + 1) * each)
-        tokens[part], counted[part] = task(tokens[part], corpus.symbols, generator)
-    return tokens, counted
+        problems = task(tokens[part], corpus.symbols, generator)
+        tokens[part], answers[part], text[part] = problems.tokens, problems.asked, problems.text
+    return Batch(tokens, text, answers)
 
 
 def recall_rows(work: Work) -> int:
     """Rows of a batch that are recall problems, as many of each kind."""
-    kinds = len(TRAINING_TASKS)
+    kinds = len(TASKS)
     return round(work.recall_share * work.batch / kinds) * kinds
 
 
-def train_step(model, optimiser, data: tuple[Tensor, Tensor], run: Run, step: int) -> Tensor:
+def train_step(model, optimiser, data: Batch, run: Run, step: int) -> Tensor:
     """One step of AdamW on the mean text loss plus the mean recall loss; returns the former."""
-    tokens, counted = data
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(run, step)
-    logits = model.logits(model(tokens[:, :-1]))
-    each = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-    each = each.view_as(counted)
-    recall = recall_rows(run.work)
-    text = each[recall:].mean()
-    loss = text
-    if recall:
-        loss = text + each[:recall][counted[:recall]].mean()
+    logits = model.logits(model(data.tokens[:, :-1])).float()
+    each = F.cross_entropy(logits.flatten(0, 1), data.tokens[:, 1:].flatten(), reduction="none")
+    each = each.view_as(data.text)
+    text = each[data.text].mean()
+    loss = text + each[data.answers].mean() if recall_rows(run.work) else text
     optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -20,8 +20,10 @@ from aftermax.lab.data.sources import Document, read_documents
 SPLITS = {"validation": 0.08, "tune": 0.04, "train": 0.88}
 """Shares of the bytes: what is reported, what the learning rate is chosen by, what is learned."""
 
+PLACES, DIGITS = 5, 10
+"""A passkey's places, and the digits that each place has of its own."""
 LETTERS = 32
-"""Symbols that passkeys, keys and values are made of."""
+"""Symbols that the keys and values of MQAR are made of."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,14 @@ class Symbols:
         return self.text + 1
 
     @property
+    def digits(self) -> int:
+        """The first digit of the first place."""
+        return self.text + 2
+
+    @property
     def letters(self) -> int:
         """The first of them."""
-        return self.text + 2
+        return self.digits + PLACES * DIGITS
 
     @property
     def total(self) -> int:

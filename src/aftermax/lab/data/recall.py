@@ -4,12 +4,14 @@ Loss that stays flat does not show that a model uses a long context (ALiBi's doe
 forgets). These tasks do: the answer stands somewhere before, at a distance that grows with the
 length, among text that has nothing to do with it.
 
-    passkey   ... text ... MARK d r k f p ... text ... MARK -> d r k f p
+    passkey   ... text ... MARK 4 1 5 9 2 ... text ... MARK -> 4 1 5 9 2
     MQAR      ... k1 v1 ... text ... k2 v2 ... text ... | k2 -> v2, k1 -> v1, k2 -> v2 ...
 
-MQAR after Arora et al., Zoology, arXiv 2312.04927, here with the pairs scattered in text. In
-training passkeys have any length up to a third of the context: a long one gives many answers to
-learn from, and the copying that a passkey needs is then learned in hundreds of steps.
+Each place of a passkey has ten digits of its own, so that finding one is a single look-up, which
+a small model learns in hundreds of steps. MQAR (after Arora et al., Zoology, arXiv 2312.04927, here
+with the pairs scattered in text) takes two: which key came before, then where it stood. A model
+that has not learned the second step picks one of the values that it sees, and is right once in
+PAIRS.
 """
 
 from __future__ import annotations
@@ -19,42 +21,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aftermax.lab.data.corpus import LETTERS, Symbols
+from aftermax.lab.data.corpus import DIGITS, LETTERS, PLACES, Symbols
 
-PASSKEY = 5
-"""Letters of a passkey that is scored; they differ from each other."""
-PAIRS, ASKED = 4, 12
+PAIRS, ASKED = 4, 8
 """Key-value pairs of an MQAR problem, and questions about them."""
 
 
 class Problems(NamedTuple):
     tokens: Tensor  # int64 (count, length + 1): inputs are [:, :-1], targets [:, 1:]
     asked: Tensor  # bool (count, length): the targets that are answers
+    text: Tensor  # bool (count, length): the targets that are still the haystack's text
 
 
-def passkey(
-    text: Tensor, symbols: Symbols, generator: torch.Generator, letters: int = PASSKEY
-) -> Problems:
+def passkey(text: Tensor, symbols: Symbols, generator: torch.Generator) -> Problems:
     """A passkey at a random depth of each text (count, length + 1), asked for at its end."""
     tokens = text.clone()
     count, total = tokens.shape
-    keys = _distinct(count, LETTERS, letters, generator) + symbols.letters
-    needle = torch.cat([torch.full((count, 1), symbols.mark), keys], 1)
+    digits = torch.randint(DIGITS, (count, PLACES), generator=generator)
+    digits += symbols.digits + DIGITS * torch.arange(PLACES)
+    needle = torch.cat([torch.full((count, 1), symbols.mark), digits], 1)
     width = needle.shape[1]
     question = total - width
     depth = torch.randint(0, question - width + 1, (count,), generator=generator)
     tokens.scatter_(1, depth[:, None] + torch.arange(width), needle)
     tokens[:, question:] = needle
     asked = torch.zeros(count, total - 1, dtype=torch.bool)
-    asked[:, question:] = True  # target t is token t + 1: the letters after the mark
-    return Problems(tokens, asked)
-
-
-def training_passkey(text: Tensor, symbols: Symbols, generator: torch.Generator) -> Problems:
-    """`passkey` with a random number of letters, the same in all rows of a batch."""
-    most = min(LETTERS, text.shape[1] // 3)
-    letters = int(torch.randint(PASSKEY, most + 1, (1,), generator=generator))
-    return passkey(text, symbols, generator, letters)
+    asked[:, question:] = True  # target t is token t + 1: the digits after the mark
+    return Problems(tokens, asked, _untouched(text, tokens))
 
 
 def mqar(text: Tensor, symbols: Symbols, generator: torch.Generator) -> Problems:
@@ -72,7 +65,11 @@ def mqar(text: Tensor, symbols: Symbols, generator: torch.Generator) -> Problems
     tokens[:, question + 1 :: 2] = values.gather(1, order)
     asked = torch.zeros(count, total - 1, dtype=torch.bool)
     asked[:, question::2] = True
-    return Problems(tokens, asked)
+    return Problems(tokens, asked, _untouched(text, tokens))
+
+
+def _untouched(text: Tensor, tokens: Tensor) -> Tensor:
+    return (text == tokens)[:, 1:]
 
 
 def _distinct(count: int, of: int, take: int, generator: torch.Generator) -> Tensor:
@@ -81,6 +78,3 @@ def _distinct(count: int, of: int, take: int, generator: torch.Generator) -> Ten
 
 
 TASKS = {"passkey": passkey, "mqar": mqar}
-"""What is scored."""
-TRAINING_TASKS = (training_passkey, mqar)
-"""What is learned."""

@@ -1,0 +1,46 @@
+# Everything sets itself up in .venv: Python 3.10 or newer, make and a compiler are all it takes.
+PYTHON ?= python3
+# An exact version: an open range takes a CUDA build of several gigabytes where one exists.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all check bench docs figures clean
+
+demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
+	$(BIN)/aftermax compare quick --out aftermax-runs/quick
+
+test: check               ## lint, types, doctests and the suite
+	$(BIN)/pytest -n auto -m "not slow"
+
+test-all: check           ## the same with the long tests
+	$(BIN)/pytest -n auto
+
+check: .venv/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/lab.done     ## memory of the blocked reference against the whole matrix
+	$(BIN)/python benchmarks/reference_memory.py
+
+figures: .venv/lab.done   ## redraw the figures and tables of README and docs from docs/results
+	$(BIN)/python docs/make_figures.py
+
+docs: .venv/docs.done
+	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+
+.venv/torch.done: .venv/bin/pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	@touch $@
+
+.venv/%.done: .venv/torch.done pyproject.toml
+	$(BIN)/pip install --quiet -e ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf .venv dist build docs/_build
