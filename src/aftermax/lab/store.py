@@ -159,8 +159,12 @@ class Store:
             "order by step, length, measure",
             (run,),
         )
-        # SQLite keeps what is not a number as null
-        return [Row(*key, math.nan if value is None else value) for *key, value in found]
+        return [
+            Row(
+                step, length, measure, math.nan if value is None else value
+            )  # null is NaN to SQLite
+            for step, length, measure, value in found
+        ]
 
     def export(self, work: str, path: Path) -> int:
         """Every row of a work, with its run's system, seed and rate, as Parquet; their count."""

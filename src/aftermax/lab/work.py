@@ -220,8 +220,8 @@ PRESETS = {
             "lssar",
             "sigmoid",
         ),
-        steps=500,
-        windows=32,
+        steps=400,
+        windows=24,
     ),
     "standard": Work(
         systems=STANDARD_SYSTEMS,

@@ -1,0 +1,128 @@
+"""Redraw the figures of README and docs, and rewrite their tables, from `docs/results`.
+
+    aftermax compare standard
+    aftermax export --to docs/results/standard.parquet
+    make figures
+
+What stands between `<!-- name -->` and `<!-- /name -->` in README.md and docs/*.md is written here;
+with `--check` nothing is written, and a text that does not follow from the results is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot as plt
+
+from aftermax import CATALOGUE
+from aftermax.lab import plots
+from aftermax.lab.report import settings, tables
+from aftermax.lab.results import Results
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS / "results" / "standard.parquet"
+PAGES = (DOCS.parent / "README.md", DOCS / "results.md", DOCS / "systems.md")
+
+
+def loss_table(results: Results) -> str:
+    """What the papers claim beside what was measured."""
+    last = results.work.multiples[-1]
+    lines = [
+        f"| system | 1x | 4x | {last}x | last T only | passkey 1x, 4x, {last}x | speed | published |",
+        "| --- | --: | --: | --: | --: | --: | --: | --- |",
+    ]
+    for entry in results.arms:
+        cells = [_spread(results, entry.name, "loss", m) for m in (1, 4, last)]
+        cells.append(_spread(results, entry.name, "truncated_loss", 1))
+        shares = [results.at(entry.name, "passkey", m) for m in (1, 4, last)]
+        cells.append(", ".join("–" if s is None else f"{100 * s.mean:.0f}%" for s in shares))
+        ratio = results.cost(entry.name, "speed_ratio")
+        cells.append("–" if ratio is None else f"{ratio:.2f}")
+        lines.append(f"| {entry.title} | {' | '.join(cells)} | {entry.entry.claim} |")
+    return "\n".join(lines)
+
+
+def verdicts(results: Results) -> str:
+    return "\n".join(f"- {sentence}" for sentence in results.verdicts())
+
+
+def all_tables(results: Results) -> str:
+    """Every table of the report, in Markdown."""
+    parts = []
+    for title, (columns, rows) in tables(results).items():
+        head = f"| {' | '.join(columns)} |\n| --- |{' --: |' * (len(columns) - 1)}"
+        body = "\n".join(
+            f"| {' | '.join(f'**{c.text}**' if c.best else c.text for c in row)} |" for row in rows
+        )
+        parts.append(f"### {title}\n\n{head}\n{body}")
+    return "\n\n".join(parts)
+
+
+def settings_list(results: Results) -> str:
+    return "\n".join(f"- **{key}**: {value}" for key, value in settings(results).items())
+
+
+def systems_table(results: Results) -> str:
+    """The catalogue with its five words and its source."""
+    lines = [
+        "| name | weights | score | positivity | normaliser | reweight | walk | source |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in CATALOGUE:
+        link = f", [{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else ""
+        words = (entry.score, entry.positivity, entry.normaliser, entry.reweight, entry.walk)
+        lines.append(
+            f"| `{entry.name}` | {entry.formula} | {' | '.join(words)} | {entry.paper}{link} |"
+        )
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "loss-table": loss_table,
+    "verdicts": verdicts,
+    "all-tables": all_tables,
+    "settings": settings_list,
+    "systems": systems_table,
+}
+
+
+def rewritten(text: str, results: Results) -> str:
+    """The page with every marked block made anew."""
+    for name, block in BLOCKS.items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if marked.search(text):
+            new = f"{block(results)}\n"
+            text = marked.sub(lambda found, new=new: found[1] + new + found[2], text)
+    return text
+
+
+def _spread(results: Results, system: str, measure: str, multiple: int) -> str:
+    spread = results.at(system, measure, multiple)
+    return "–" if spread is None else spread.text(2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    results = Results.of_parquet(RESULTS)
+    for page in PAGES:
+        text = page.read_text()
+        new = rewritten(text, results)
+        if options.check and new != text:
+            raise SystemExit(f"{page.name} does not follow from {RESULTS.name}: run `make figures`")
+        if not options.check:
+            page.write_text(new)
+    if not options.check:
+        matplotlib.use("agg")
+        with plt.style.context(plots.STYLE):
+            first = plots.row_maps()
+        plots.save({"row_maps": first} | plots.draw(results), DOCS / "figures")
+
+
+if __name__ == "__main__":
+    main()
