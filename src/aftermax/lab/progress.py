@@ -41,7 +41,7 @@ class Board:
         self.bars.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def start_phase(self, name: str, runs: list[Run]) -> None:
         """A phase of several runs: one bar for all, one for each that is being worked on."""

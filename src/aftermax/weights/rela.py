@@ -1,4 +1,4 @@
-"""Rectified weights: ReLA (relu, then a norm of the output) and relu(s)^p / n.
+"""Rectified weights: ReLA (relu, then a norm of the output) and relu(s)^p / n::
 
     ReLA        z_i = sum_j relu(s_ij) v_j,   out_i = RMSNorm(z_i) [* sigmoid(gate * z_i)]
                 Zhang, Titov & Sennrich, "Sparse Attention with Linear Units", arXiv 2104.07012

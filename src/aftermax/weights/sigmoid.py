@@ -2,7 +2,7 @@
 
 Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention", arXiv
 2409.04431. A row's mass stays near 1.65 for random queries and keys with b = -ln n and would grow
-like n / 2 with b = 0. Which n is meant differs between published codes; here it is a choice:
+like n / 2 with b = 0. Which n is meant differs between published codes; here it is a choice::
 
     "row"       the keys that this row sees (ours, and the default: rows of one model at any length,
                 cached or not, then agree)

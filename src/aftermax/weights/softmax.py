@@ -1,10 +1,11 @@
-"""Softmax and the forms of it that know how long a row is, or that may look away.
+"""Softmax and the forms of it that know how long a row is, or that may look away::
 
     Softmax                 w_ij = exp(s_ij) / sum_j exp(s_ij)                   arXiv 1706.03762
     Softmax("log_n")        the same of  s * ln(N_i) * s_ij                      arXiv 2501.19399
     CosineSoftmax           the same of  ln(d) * ln(N_i) * cos(q_i, k_j)         arXiv 2501.13428
     ScaleInvariantSoftmax   the same of  a_t * s_ij + m_t, t = i - j             arXiv 2505.17083
-    SoftmaxOne, SoftmaxSink w_ij = exp(s_ij) / (exp(sink_h) + sum_j exp(s_ij))
+    SoftmaxSink             w_ij = exp(s_ij) / (exp(b_h) + sum_j exp(s_ij))      arXiv 2508.10925
+    SoftmaxOne              the same with b_h = 0                                Miller 2023
 
 N_i is the number of keys that row i sees. A row that sees nothing gets weights of 0, not NaN.
 """
@@ -135,7 +136,7 @@ class ScaleInvariantSoftmax(RowMap):
     The scale a_t grows and the shift m_t falls with the logarithm of the distance, so that every
     octave of distance gets a similar share of a row. The authors use it with QK-norm and partial
     RoPE. Distances are index differences and are right under padding and with a cache; in
-    a bidirectional row we take |i - j|, which the paper does not treat.
+    a bidirectional row we take ``|i - j|``, which the paper does not treat.
     """
 
     tau: float = 10.0

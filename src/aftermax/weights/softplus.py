@@ -1,7 +1,7 @@
 """LSSA and LSSAR: softplus, an l1 norm, and a power of what stands above the row's mean.
 
 Gao & Spratling, "Softplus Attention with Re-weighting Boosts Length Extrapolation in Large
-Language Models", arXiv 2501.13428 (ICML 2026). With f_ij = softplus(ln(d) ln(N_i) cos(q_i, k_j)):
+Language Models", arXiv 2501.13428 (ICML 2026). With f_ij = softplus(ln(d) ln(N_i) cos(q_i, k_j))::
 
     LSSA    w_ij = f_ij / sum_j f_ij
     LSSAR   A_ij = f_ij / sum_j f_ij,   R_ij = relu(A_ij N_i - o_i)^p,   w_ij = R_ij / sum_j R_ij
@@ -9,7 +9,7 @@ Language Models", arXiv 2501.13428 (ICML 2026). With f_ij = softplus(ln(d) ln(N_
 where o_i = 0 in the first three rows and 1 elsewhere. Typed in literally, R overflows float16 (and
 float32, where one key stands out) and underflows on flat rows. What stands here is the same
 function without the trap: A_ij N_i = f_ij / mu_i with mu_i the mean of f over the visible keys, and
-the second norm cancels every factor of a row, so that
+the second norm cancels every factor of a row, so that::
 
     w_ij ~ (relu(f_ij - o_i mu_i) / max_j relu(f_ij - o_i mu_i))^p
 
