@@ -21,7 +21,8 @@ from .lab_work import command, open_store, prepared, run_of, tiny_work, write_te
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="finds the processes of a group in /proc"
 )
-PATIENCE = 120.0
+PATIENCE = 600.0
+"""Seconds: a machine that is busy with other things is slow, not wrong."""
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,12 @@ class Process:
             time.sleep(0.01)
         assert self.popen.poll() is not None, f"nothing happened:\n{self.log.read_text()}"
 
+    def until_all_are_gone(self) -> None:
+        deadline = time.monotonic() + PATIENCE / 10
+        while self.members() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert self.members() == [], "workers outlive their parent"
+
     def wait(self) -> int:
         return self.popen.wait(PATIENCE)
 
@@ -140,10 +147,7 @@ def test_killed_at_random_moments_it_comes_to_the_same(work, quiet, tmp_path):
             process.until(more_steps(chance.randint(20, 100)))
             kill(process.popen.pid, signal.SIGKILL)
             process.popen.wait()
-            deadline = time.monotonic() + 20
-            while process.members() and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert process.members() == [], "workers outlive their parent"
+            process.until_all_are_gone()
     with Process(work, tmp_path / "out") as process:
         assert process.wait() == 0, process.log.read_text()
     assert_same(tmp_path / "out", quiet)
