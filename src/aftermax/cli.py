@@ -84,18 +84,17 @@ def export(out: Out = OUT, work: str | None = None, to: Path = Path("aftermax.pa
 
 
 def catalogue() -> None:
-    """Print the table of systems."""
+    """Print the table of systems; a wide terminal shows the five words of each as well."""
+    console = Console()
+    words = ("score", "positivity", "normaliser", "reweight", "walk") if console.width > 130 else ()
     table = Table(title=f"aftermax {__version__}: {len(CATALOGUE)} systems")
-    columns = ("name", "weights", "score", "positivity", "normaliser", "reweight", "walk", "source")
-    for column in columns:
+    for column in ("name", "weights", *words, "source"):
         table.add_column(column, no_wrap=column == "name")
     for entry in CATALOGUE:
         source = entry.paper + (f", arXiv {entry.arxiv}" if entry.arxiv else "")
-        table.add_row(
-            entry.name, entry.formula, entry.score, entry.positivity, entry.normaliser,
-            entry.reweight, entry.walk, source,
-        )  # fmt: skip
-    Console().print(table)
+        told = (getattr(entry, word) for word in words)
+        table.add_row(entry.name, entry.formula, *told, source)
+    console.print(table)
 
 
 def preset_of(work: Work) -> str:

@@ -7,6 +7,7 @@ that padding on the left shifts nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,19 @@ class RoPE(NoPositions):
     def check(self, head_dim: int) -> None:
         if head_dim % 2:
             raise ValueError(f"RoPE turns pairs and needs an even head width, got {head_dim}")
+
+    @classmethod
+    def for_length(cls, tokens: int, base: float = 10000.0) -> RoPE:
+        """p-RoPE with the frequencies that turn at least once within a training length.
+
+        Frequency base^-p has the wavelength 2 pi base^p, so the share that is kept is
+        p = ln(tokens / 2 pi) / ln(base). Slower ones never show all of their angles in training,
+        and show new ones past it.
+
+        >>> RoPE.for_length(64).fraction, RoPE.for_length(4096).fraction
+        (0.25..., 0.70...)
+        """
+        return cls(base, min(1.0, max(0.0, math.log(tokens / (2 * math.pi)) / math.log(base))))
 
     def rotate(self, vectors: Tensor, start: int) -> Tensor:
         tokens, width = vectors.shape[-2:]

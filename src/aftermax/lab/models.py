@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aftermax.lab.work import Arm, Work
 from aftermax.modules import Attention
+from aftermax.positions import POSITIONS, RoPE
 
 
 class SwiGLU(nn.Module):
@@ -57,6 +58,9 @@ class DecoderLM(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, work.width)
         options = {"hybrid_norm": arm.hybrid_norm, "layer_scale": arm.layer_scale}
+        # partial RoPE keeps what training at this length shows whole
+        p_rope = RoPE.for_length(work.context)
+        positions = p_rope if arm.positions == "p-rope" else POSITIONS[arm.positions]
         self.blocks = nn.ModuleList()
         for _ in range(work.layers):
             attend = Attention(
@@ -64,7 +68,7 @@ class DecoderLM(nn.Module):
                 work.heads,
                 weights=arm.entry.system,
                 kv_heads=work.kv_heads,
-                positions=arm.positions,
+                positions=positions,
                 qk_norm=arm.qk_norm,
             )
             self.blocks.append(

@@ -20,7 +20,8 @@ class Work:
 
     systems: tuple[str, ...] = ("softmax", "cosine", "lssar")
     """Catalogue names, each with optional traits after a slash: a position encoding (rope, p-rope,
-    alibi, none), bare (no QK-norm), hybrid (a norm after each branch too), layerscale.
+    alibi, none), bare (no QK-norm), hybrid (a norm after each branch too), layerscale. p-rope turns
+    the frequencies that turn at least once within the training length.
     For example softmax/alibi or sigmoid/hybrid."""
     data: Path | None = None
     """A text file, or a folder of them; by default the Python standard library's source."""
