@@ -204,9 +204,11 @@ STANDARD_SYSTEMS = (
     "log-n",
     "log-n/p-rope",
     "cosine",
+    "cosine/p-rope",
     "scale-invariant/p-rope",
     "lssa",
     "lssar",
+    "lssar/p-rope",
     "lssar-log",
     "sigmoid/hybrid",
 )
