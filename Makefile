@@ -1,6 +1,7 @@
 # Everything sets itself up in .venv: Python 3.10 or newer, make and a compiler are all it takes.
 PYTHON ?= python3
-# An exact version: an open range takes a CUDA build of several gigabytes where one exists.
+# An exact version, so that nothing newer comes by itself. On Linux the package index has the CUDA
+# build of several gigabytes; set PIP_EXTRA_INDEX_URL to PyTorch's CPU index to get the small one.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
@@ -8,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test test-all check bench docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
-	$(BIN)/aftermax compare quick --out aftermax-runs/quick
+	$(BIN)/aftermax compare quick
 
 test: check               ## lint, types, doctests and the suite
 	$(BIN)/pytest -n auto -m "not slow"

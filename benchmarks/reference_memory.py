@@ -1,10 +1,10 @@
-"""Peak memory and time of the blocked reference, forward and backward, against the whole matrix.
+"""Peak memory of the blocked reference, forward and backward, against the whole matrix.
 
     python benchmarks/reference_memory.py [--tokens 8192] [--heads 8] [--head-dim 64]
 
 Each system is measured in a process of its own: the peak of resident memory above what the process
-held before the call (inputs and gradients of the inputs are counted in: they are 12 T H D floats).
-"whole" is softmax written with the T x T matrix; SDPA is torch's fused kernel.
+held before the call, so that the result and the gradients count (4 T H D floats) and the inputs do
+not. "whole" is softmax written with the T x T matrix; SDPA is torch's fused kernel.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ from aftermax.dense import Dense, KeyValues, System
 from aftermax.modules import Attention
 from aftermax.positions import ALiBi, NoPositions, RoPE
 
+# which release this is
+from aftermax.version import __version__
+
 # what a query may see
 from aftermax.visible import Visible
 
@@ -29,8 +32,6 @@ from aftermax.weights import (
     SoftmaxOne,
     SoftmaxSink,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CATALOGUE",

@@ -20,7 +20,7 @@ from aftermax.weights.row_map import RowMap
 from aftermax.weights.softmax import Softmax
 
 BLOCK_SCORES = 2**20
-"""Scores that one block may hold, over batch, heads, rows and keys: 8 MiB in float32."""
+"""Scores that one block may hold, over batch, heads, rows and keys: 4 MiB in float32."""
 
 IMPLS = ("reference",)
 """The ways to walk the sum that this build has."""
@@ -48,7 +48,9 @@ def attention(
         value: (..., Hkv, Tk, Dv); Dv may differ from D.
         weights: the row map, from `aftermax.weights`; softmax by default.
         attn_mask: bool (True = may be seen) or additive float, broadcastable to (B, H, Tq, Tk), or
-            a `Visible`, which also knows windows, offsets and ALiBi without a Tq x Tk tensor.
+            a `Visible`, which also knows windows, offsets and ALiBi without a Tq x Tk tensor. Hide
+            keys with False, `-inf` or `finfo.min`: a key at -1e4 or -1e9 counts as seen, which
+            softmax cannot tell, but the systems that count the keys of a row can.
         is_causal: query i sees keys j <= i (top-left alignment, as SDPA). Unlike SDPA it may be
             combined with a mask: a key must pass both.
         scale: factor of the inner product; by default the row map's own (1/sqrt(D) for the dot
@@ -73,6 +75,7 @@ def attention(
     tensor([[[[1.0000, 0.0000],
               [0.3302, 0.6698]]]])
     """
+    check_weights(weights)
     resolve_impl(impl)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is a probability, got {dropout_p}")
@@ -137,6 +140,14 @@ def attention_weights(
         block = walk.weights_of(start, stop, seen, (low, high))
     block = block.masked_fill(walk.poisoned(start, stop, seen, (low, high)), torch.nan)
     return torch.nn.functional.pad(block, (low, key.shape[-2] - high))
+
+
+def check_weights(weights: object) -> None:
+    """Raise TypeError for what is no row map, saying what would be one."""
+    if not isinstance(weights, RowMap):
+        raise TypeError(
+            f"weights must be a row map such as LSSAR(), or find('lssar').system; got {weights!r}"
+        )
 
 
 def resolve_impl(impl: str | None) -> str:

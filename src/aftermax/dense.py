@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from aftermax.attention import attention
+from aftermax.attention import attention, check_weights
 from aftermax.visible import Visible
 from aftermax.weights.row_map import RowMap
 
@@ -123,4 +123,8 @@ class Dense:
 
 def as_system(weights: RowMap | System) -> System:
     """A row map with the dense walk; any other system as it is."""
-    return Dense(weights) if isinstance(weights, RowMap) else weights
+    if isinstance(weights, RowMap):
+        return Dense(weights)
+    if not all(hasattr(weights, name) for name in ("attend", "init_state", "step", "learned")):
+        check_weights(weights)
+    return weights

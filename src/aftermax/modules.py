@@ -23,7 +23,7 @@ class Attention(nn.Module):
         kv_heads: heads of key and value, a divisor of `heads`; None = `heads`.
         head_dim: width of a head; None = width / heads.
         positions: "rope", "p-rope" (half of the frequencies), "alibi", "none", or a value of
-            `aftermax.positions`.
+            `aftermax.positions`; `RoPE.for_length(T)` suits p-RoPE to a training length.
         qk_norm: RMSNorm with a learned gain over the head width of queries and keys, before
             positions (Dehghani et al., arXiv 2302.05442, with RMSNorm). Idle in the cosine systems
             but for its gain.
@@ -168,6 +168,10 @@ class Attention(nn.Module):
     def what_is_visible(self, visible: Tensor | Visible | None) -> Visible:
         """The module's own view (causal, window, ALiBi) joined with the caller's."""
         if isinstance(visible, Visible):
+            if self.slopes is None:
+                return visible
+            if visible.slopes is not None:
+                raise ValueError("this module has ALiBi slopes of its own; give it none")
             return dataclasses.replace(visible, slopes=self.slopes)
         mask = None if visible is None else visible[:, None, None]
         return Visible(causal=self.causal, window=self.window, mask=mask, slopes=self.slopes)

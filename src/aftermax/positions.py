@@ -58,11 +58,11 @@ class RoPE(NoPositions):
 
     @classmethod
     def for_length(cls, tokens: int, base: float = 10000.0) -> RoPE:
-        """p-RoPE with the frequencies that turn at least once within a training length.
+        """p-RoPE whose frequencies all turn within a training length.
 
-        Frequency base^-p has the wavelength 2 pi base^p, so the share that is kept is
-        p = ln(tokens / 2 pi) / ln(base). Slower ones never show all of their angles in training,
-        and show new ones past it.
+        Frequency base^-p has the wavelength 2 pi base^p, so the share that is kept, in whole
+        frequencies, is p = ln(tokens / 2 pi) / ln(base). Slower ones never show all of their angles
+        in training, and show new ones past it.
 
         >>> RoPE.for_length(64).fraction, RoPE.for_length(4096).fraction
         (0.25..., 0.70...)
@@ -73,13 +73,14 @@ class RoPE(NoPositions):
         tokens, width = vectors.shape[-2:]
         self.check(width)
         half = width // 2
-        # float64 angles: at position 10^6 a float32 angle is already off by several hundredths
-        index = torch.arange(half, device=vectors.device, dtype=torch.float64)
+        # float64 angles: at position 10^6 a float32 angle is already off by several hundredths;
+        # made on the CPU, since not every device has float64
+        index = torch.arange(half, dtype=torch.float64)
         frequency = self.base ** (-index / half) * (index < round(self.fraction * half))
-        position = torch.arange(start, start + tokens, device=vectors.device, dtype=torch.float64)
+        position = torch.arange(start, start + tokens, dtype=torch.float64)
         angle = position[:, None] * frequency
         compute = torch.promote_types(vectors.dtype, torch.float32)
-        cos, sin = angle.cos().to(compute), angle.sin().to(compute)
+        cos, sin = (x.to(vectors.device, compute) for x in (angle.cos(), angle.sin()))
         left, right = vectors.to(compute).chunk(2, -1)
         turned = torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
         return turned.to(vectors.dtype)

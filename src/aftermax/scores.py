@@ -1,7 +1,7 @@
 """Query, key -> scores: what is compared, and the rules that scale it.
 
-A score is an inner product of prepared vectors; `dot` and `cosine` prepare them, `SCALES` of the
-systems (1/sqrt d, ln d, ln N_i) multiply the product. Rows are counted from `visible`.
+A score is an inner product of prepared vectors: `dot` and `cosine` prepare them, and the scales of
+the systems (1/sqrt d, ln d, ln N_i) multiply the product. Rows are counted from `visible`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ def dot(vectors: Tensor) -> Tensor:
 def cosine(vectors: Tensor) -> Tensor:
     """L2-normalised along the head width, so that the inner product is a cosine in [-1, 1].
 
-    The floor of 1e-12 on the norm keeps a zero vector at zero instead of NaN.
+    A vector of zeros has no direction: it stays zero, and its gradient is zero, where a floor on
+    the norm would give a gradient of one over the floor.
     """
-    return torch.nn.functional.normalize(vectors, dim=-1, eps=1e-12)
+    nothing = (vectors == 0).all(-1, keepdim=True)
+    directed = torch.where(nothing, 1, vectors)
+    return torch.nn.functional.normalize(directed, dim=-1, eps=1e-12).masked_fill(nothing, 0)
 
 
 def inv_sqrt_dim(head_dim: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,21 +26,18 @@ ROUNDS, STEPS_A_ROUND = 5, 4
 MEMORY_BATCH = 4
 
 
-def training_speed(
-    runs: list[Run], corpus: Corpus, report: Callable[[int, int], None] = lambda done, of: None
-) -> dict[str, list[Row]]:
+def training_speed(runs: list[Run], corpus: Corpus) -> dict[str, list[Row]]:
     """Tokens per second of a training step, and the ratio to the first run's, by system."""
     torch.set_num_threads(runs[0].work.threads)
     built = {run.system: build(run, corpus) for run in runs}
     tokens = runs[0].work.batch * runs[0].work.context
     seconds: dict[str, list[float]] = {run.system: [] for run in runs}
-    for turn in range(ROUNDS + 1):  # the first warms up
+    for _ in range(ROUNDS + 1):  # the first warms up
         for run in runs:
             start = time.perf_counter()
             for step in range(STEPS_A_ROUND):
                 train_step(*built[run.system], batch(run, corpus, step), run, step)
             seconds[run.system].append((time.perf_counter() - start) / STEPS_A_ROUND)
-        report(turn + 1, ROUNDS + 1)
     first = seconds[runs[0].system][1:]
     context = runs[0].work.context
     out = {}
@@ -76,7 +74,7 @@ def peak_mebibytes(function: Callable[[], object]) -> float:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (Linux)
         before = _high_water()
     except OSError:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        before = _largest_ever()
     function()
     return _high_water() - before
 
@@ -85,8 +83,14 @@ def _high_water() -> float:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return _largest_ever()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def _largest_ever() -> float:
+    """Where the system keeps no mark that can be reset; macOS counts in bytes."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _peak(run: Run, folder: Path, send) -> None:

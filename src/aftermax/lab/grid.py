@@ -22,10 +22,10 @@ from aftermax.lab.data.corpus import Corpus, prepare
 from aftermax.lab.progress import Board
 from aftermax.lab.store import Store
 from aftermax.lab.train import train
-from aftermax.lab.work import Run, Work, digest
+from aftermax.lab.work import SEARCH_SEED, Run, Work, digest
 
-SEARCH_SEED = 1000
-"""Of the runs that choose the learning rate; no reported run has it."""
+WIDENINGS = 2
+"""How often a search whose best rate lies at an edge of the tried ones goes on beyond it."""
 
 
 def compare(work: Work, preset: str, out: Path, workers: int | None, console: Console) -> str:
@@ -43,7 +43,10 @@ def compare(work: Work, preset: str, out: Path, workers: int | None, console: Co
     )
     size = sum(len(corpus.tokens(split)) for split in ("train", "tune", "validation"))
     console.print(f"text: {corpus.name}, {size / 1e6:.1f} million tokens", highlight=False)
-    workers = workers or max(1, (os.cpu_count() or 1) // work.threads)
+    if workers is None:
+        workers = max(1, _cores() // work.threads)
+    if workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}")
     with Store(out / "store.sqlite") as store:
         name = digest(work.settings() | {"data_digest": corpus.digest})
         about = {"name": corpus.name, "digest": corpus.digest, "tokens": size}
@@ -63,12 +66,19 @@ def machine() -> dict:
         processor = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     return {
         "processor": processor,
-        "cores": os.cpu_count(),
+        "cores": _cores(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def _cores() -> int:
+    """Those that this process may use, which a container may have fewer of than the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Grid:
@@ -88,22 +98,33 @@ class _Grid:
         self.out, self.workers, self.board = out, workers, board
 
     def search(self) -> dict[str, float]:
-        """The learning rate of each system, by the loss on the part kept for this."""
-        rates = self.work.learning_rates
-        if len(rates) == 1:
-            return dict.fromkeys(self.work.systems, rates[0])
-        runs = [
-            Run(self.work, system, SEARCH_SEED, rate, "search", self.corpus.digest)
-            for system in self.work.systems
-            for rate in rates
-        ]
-        self._do("learning rates", runs)
-        chosen: dict[str, float] = {}
-        for system in self.work.systems:
-            losses = {r.learning_rate: self._tuning_loss(r) for r in runs if r.system == system}
-            chosen[system] = min(losses, key=lambda rate: losses[rate])
-            tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
-            self.board.say(f"  {system}: {chosen[system]:g} ({tried})")
+        """The learning rate of each system, by the loss on the part kept for this.
+
+        Where the best rate is the lowest or the highest that was tried, one beyond it is tried too,
+        by the same factor; so no system is held back by the grid.
+        """
+        if len(self.work.learning_rates) == 1:
+            return dict.fromkeys(self.work.systems, self.work.learning_rates[0])
+        losses: dict[str, dict[float, float]] = {system: {} for system in self.work.systems}
+        asked = {system: sorted(self.work.learning_rates) for system in self.work.systems}
+        for _ in range(1 + WIDENINGS):
+            runs = [
+                Run(self.work, system, SEARCH_SEED, rate, "search", self.corpus.digest)
+                for system, rates in asked.items()
+                for rate in rates
+            ]
+            self._do("learning rates", runs)
+            for run in runs:
+                losses[run.system][run.learning_rate] = self._tuning_loss(run)
+            beyond = {system: _beyond(tried) for system, tried in losses.items()}
+            asked = {system: [rate] for system, rate in beyond.items() if rate is not None}
+            if not asked:
+                break
+        chosen = {}
+        for system, tried in losses.items():
+            chosen[system] = min(tried, key=lambda rate: tried[rate])
+            told = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in sorted(tried.items()))
+            self.board.say(f"  {system}: {chosen[system]:g} ({told})")
         return chosen
 
     def train(self, rates: dict[str, float]) -> None:
@@ -178,6 +199,17 @@ class _Grid:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+def _beyond(tried: dict[float, float]) -> float | None:
+    """The next rate past the edge that the best one lies at; None where it lies inside."""
+    rates = sorted(tried)
+    best = rates.index(min(rates, key=lambda rate: tried[rate]))
+    if best == 0:
+        return rates[0] * rates[0] / rates[1]
+    if best == len(rates) - 1:
+        return rates[-1] * rates[-1] / rates[-2]
+    return None
 
 
 @contextlib.contextmanager

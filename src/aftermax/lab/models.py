@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from aftermax.lab.work import Arm, Work
 from aftermax.modules import Attention
-from aftermax.positions import POSITIONS, RoPE
 
 
 class SwiGLU(nn.Module):
@@ -58,9 +57,6 @@ class DecoderLM(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, work.width)
         options = {"hybrid_norm": arm.hybrid_norm, "layer_scale": arm.layer_scale}
-        # partial RoPE keeps what training at this length shows whole
-        p_rope = RoPE.for_length(work.context)
-        positions = p_rope if arm.positions == "p-rope" else POSITIONS[arm.positions]
         self.blocks = nn.ModuleList()
         for _ in range(work.layers):
             attend = Attention(
@@ -68,7 +64,7 @@ class DecoderLM(nn.Module):
                 work.heads,
                 weights=arm.entry.system,
                 kv_heads=work.kv_heads,
-                positions=positions,
+                positions=arm.place(work.context),
                 qk_norm=arm.qk_norm,
             )
             self.blocks.append(

@@ -16,8 +16,10 @@ from matplotlib.ticker import FormatStrFormatter
 
 from aftermax.attention import attention_weights
 from aftermax.catalogue import CATALOGUE
+from aftermax.lab.data.recall import PAIRS
 from aftermax.lab.results import Results
 from aftermax.lab.work import Arm
+from aftermax.weights import RowMap
 
 STYLE = Path(__file__).with_name("aftermax.mplstyle")
 
@@ -63,6 +65,11 @@ def loss_and_recall(results: Results) -> Figure:
     axes[1].set_title("Passkey")
     _against_length(axes[2], results, "mqar", "answers found (share)")
     axes[2].set_title("Associative recall (MQAR)")
+    axes[2].axhline(1 / PAIRS, color="#999999", linewidth=1)
+    axes[2].annotate(
+        "a guess among the values in sight", (results.work.lengths[-1], 1 / PAIRS), (0, 4),
+        textcoords="offset points", ha="right", color="#777777", fontsize=8,
+    )  # fmt: skip
     for axis in axes[1:]:
         axis.set_ylim(-0.03, 1.03)
     _legend_below(figure, axes[0])
@@ -154,7 +161,7 @@ def row_maps() -> Figure:
     key = torch.zeros(1, 1, 16, width, dtype=torch.float64)
     key[..., 0] = 8.0 * cosines
     key[..., 1] = 8.0 * (1 - cosines**2).sqrt()
-    entries = [e for e in CATALOGUE if not e.name.startswith("rela-")]
+    entries = [e for e in CATALOGUE if isinstance(e.system, RowMap) and e.name != "rela-rms"]
     figure, axes = plt.subplots(2, (len(entries) + 1) // 2, figsize=(13, 4.2), sharex=True)
     for place, (axis, entry) in enumerate(zip(axes.flat, entries, strict=False)):
         weights = attention_weights(query, key, weights=entry.system)

@@ -14,6 +14,7 @@ from rich.table import Table
 from aftermax import __version__
 from aftermax.lab import plots
 from aftermax.lab.results import Results
+from aftermax.positions import RoPE
 
 CAPTIONS = {
     "loss_and_recall": (
@@ -22,7 +23,9 @@ CAPTIONS = {
         "A curve that falls uses its context; one that rises is disturbed by it. The grey line is "
         "what the best system reaches when it is shown only the training length. Middle and right: "
         "the answer stands somewhere in the context, and is found or not. A flat loss with "
-        "recall that falls to nothing is a system that forgets. Shades: one standard deviation.",
+        "recall that falls is a system that forgets; a system that is not near 100% at 1x has not "
+        "learned the task in this budget, and its curve says nothing of length. Shades: one "
+        "standard deviation over seeds, on the same windows and problems.",
     ),
     "buckets": (
         "Where in a long window it goes wrong",
@@ -136,9 +139,12 @@ def settings(results: Results) -> dict[str, str]:
     work, machine, data = results.work, results.machine, results.data
     heads = f"{work.heads} heads of {work.width // work.heads}"
     size = f"{work.layers} layers, width {work.width}, {heads}"
+    turning = round(RoPE.for_length(work.context).fraction * (work.width // work.heads // 2))
+    norms = "QK-norm in the dot product systems" if work.qk_norm else "no QK-norm"
     tried = ", ".join(f"{rate:g}" for rate in work.learning_rates)
     search = (
-        f"the best of {tried}, by {work.search_steps}-step runs on text kept for this"
+        f"the best of {tried}, and one beyond where the best lies at an edge, by "
+        f"{work.search_steps}-step runs on text kept for this"
         if len(work.learning_rates) > 1
         else f"{tried} for all, not searched"
     )
@@ -146,7 +152,9 @@ def settings(results: Results) -> dict[str, str]:
         "command": f"aftermax compare {results.preset}",
         "text": f"{data['name']}, {data['tokens'] / 1e6:.1f} million tokens ({work.tokenizer}), "
         f"digest {data['digest']}",
-        "model": f"{size}; SwiGLU, RMSNorm, tied embeddings",
+        "model": f"{size}; SwiGLU, RMSNorm, tied embeddings, {norms}",
+        "positions": f"{work.positions} where a name says nothing else; p-RoPE turns the "
+        f"{turning} fastest of {work.width // work.heads // 2} frequencies",
         "training": f"{work.steps} steps of {work.batch} x {work.context} tokens, "
         f"{work.recall_share:.0%} of a batch recall tasks; AdamW, warm-up, cosine",
         "learning rate": search,

@@ -132,56 +132,46 @@ class Results:
         None with fewer than three seeds: then nothing is said in words.
         """
         length = multiple * self.work.context
-        left, right = self.seeds_of(a, measure, length), self.seeds_of(b, measure, length)
-        pairs = [left[seed] - right[seed] for seed in sorted(set(left) & set(right))]
-        if not 3 <= len(pairs) <= len(T_975) + 1:
-            return None
-        half = T_975[len(pairs) - 2] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-        return statistics.mean(pairs), half
+        return _paired(self.seeds_of(a, measure, length), self.seeds_of(b, measure, length))
 
     def verdicts(self) -> list[str]:
-        """Sentences that the seeds bear out about the longest length; none below three seeds."""
+        """Sentences that the seeds bear out about the longest length; none below three seeds.
+
+        A system is compared with log-n softmax under the same position encoding, since encodings
+        decide much by themselves.
+        """
         sentences, longest = [], self.work.multiples[-1]
         for entry in self.arms:
             sentences += self._context_used(entry, longest)
-        baseline = self._baseline(longest)
-        if baseline is None:
-            return sentences
         for entry in self.arms:
+            baseline = next(
+                (e for e in self.arms if (e.entry.name, e.positions) == ("log-n", entry.positions)),
+                None,
+            )
+            if baseline is None or baseline.name == entry.name:
+                continue
             told = self.difference("loss", entry.name, baseline.name, longest)
-            if entry.name != baseline.name and told is not None:
+            if told is not None:
                 sentences.append(
-                    f"{entry.title} at {longest}x: {_compared(told)} {baseline.title}, the softmax "
-                    "baseline with a length scale whose mean loss there is lowest."
+                    f"{entry.title} at {longest}x: {_compared(told)} {baseline.title}."
                 )
         return sentences
 
-    def _baseline(self, multiple: int) -> Arm | None:
-        """The strongest softmax with QK-norm or cosine and a length rule, not the bare one."""
-        able = [e for e in self.arms if e.entry.name in ("log-n", "cosine")]
-        losses = {e.name: self.at(e.name, "loss", multiple) for e in able}
-        able = [e for e in able if losses[e.name] is not None]
-        return min(able, key=lambda e: losses[e.name].mean) if able else None  # type: ignore[union-attr]
-
     def _context_used(self, entry: Arm, longest: int) -> list[str]:
         length = longest * self.work.context
-        whole = self.seeds_of(entry.name, "loss", length)
-        cut = self.seeds_of(entry.name, "truncated_loss", length)
-        pairs = [whole[s] - cut[s] for s in sorted(set(whole) & set(cut))]
-        if not 3 <= len(pairs) <= len(T_975) + 1:
+        told = _paired(
+            self.seeds_of(entry.name, "loss", length),
+            self.seeds_of(entry.name, "truncated_loss", length),
+        )
+        if told is None:
             return []
-        mean = statistics.mean(pairs)
-        half = T_975[len(pairs) - 2] * statistics.stdev(pairs) / math.sqrt(len(pairs))
+        mean, half = told
+        numbers = f"({mean:+.3f} ± {half:.3f} nats)"
+        alone = f"the last {self.work.context} tokens alone {numbers}"
         if abs(mean) <= half:
-            return [
-                f"{entry.title}: {longest}x the context is no better and no worse than the last "
-                f"{self.work.context} tokens alone ({mean:+.3f} ± {half:.3f} nats)."
-            ]
+            return [f"{entry.title}: {longest}x the context is not told apart from {alone}."]
         word = "gains" if mean < 0 else "loses"
-        return [
-            f"{entry.title} {word} by {longest}x the context, against the last "
-            f"{self.work.context} tokens alone ({mean:+.3f} ± {half:.3f} nats)."
-        ]
+        return [f"{entry.title} {word} by {longest}x the context, against {alone}."]
 
 
 def spread(by_seed: dict[int, float]) -> Spread | None:
@@ -191,6 +181,15 @@ def spread(by_seed: dict[int, float]) -> Spread | None:
     return Spread(
         statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values)
     )
+
+
+def _paired(left: dict[int, float], right: dict[int, float]) -> tuple[float, float] | None:
+    """Mean of left - right over common seeds and the half-width of its 95% interval."""
+    pairs = [left[seed] - right[seed] for seed in sorted(set(left) & set(right))]
+    if not 3 <= len(pairs) <= len(T_975) + 1:
+        return None
+    half = T_975[len(pairs) - 2] * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return statistics.mean(pairs), half
 
 
 def _compared(told: tuple[float, float]) -> str:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aftermax.lab.data.corpus import Corpus
-from aftermax.lab.data.recall import TASKS
+from aftermax.lab.data.recall import TRAINING_TASKS
 from aftermax.lab.measure import evaluate, tuning_loss
 from aftermax.lab.models import DecoderLM
 from aftermax.lab.store import Row, Store
@@ -123,8 +123,8 @@ def batch(run: Run, corpus: Corpus, step: int) -> Batch:
     tokens = corpus.random_windows("train", work.batch, work.context + 1, generator)
     text = torch.ones(work.batch, work.context, dtype=torch.bool)
     answers = torch.zeros_like(text)
-    each = recall_rows(work) // len(TASKS)
-    for i, task in enumerate(TASKS.values()):
+    each = recall_rows(work) // len(TRAINING_TASKS)
+    for i, task in enumerate(TRAINING_TASKS):
         part = slice(i * each, (i + 1) * each)
         problems = task(tokens[part], corpus.symbols, generator)
         tokens[part], answers[part], text[part] = problems.tokens, problems.asked, problems.text
@@ -133,7 +133,7 @@ def batch(run: Run, corpus: Corpus, step: int) -> Batch:
 
 def recall_rows(work: Work) -> int:
     """Rows of a batch that are recall problems, as many of each kind."""
-    kinds = len(TASKS)
+    kinds = len(TRAINING_TASKS)
     return round(work.recall_share * work.batch / kinds) * kinds
 
 

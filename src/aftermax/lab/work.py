@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from aftermax.catalogue import find
 from aftermax.entry import Entry
-from aftermax.positions import POSITIONS
+from aftermax.positions import POSITIONS, NoPositions, RoPE
+from aftermax.version import __version__
+
+SEARCH_SEED = 1000
+"""Of the runs that choose the learning rate; no reported run has it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,12 @@ class Work:
             )
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
+        if self.width < 1 or not all(rate > 0 for rate in self.learning_rates):
+            raise ValueError("width and learning_rates must be above 0")
+        if not 0 <= self.warmup <= 1 or not self.weight_decay >= 0:
+            raise ValueError("warmup is a share of the steps, 0 to 1; weight_decay is 0 or more")
+        if not all(0 <= seed < SEARCH_SEED for seed in self.seeds):
+            raise ValueError(f"seeds are 0 to {SEARCH_SEED - 1}, got {self.seeds}")
         if not 0 <= self.recall_share < 1:
             raise ValueError(
                 f"recall_share is a share of the batch below 1, got {self.recall_share}"
@@ -121,6 +133,10 @@ class Arm:
     qk_norm: bool
     hybrid_norm: bool
     layer_scale: bool
+
+    def place(self, context: int) -> NoPositions:
+        """The position encoding; partial RoPE keeps what training at this length shows whole."""
+        return RoPE.for_length(context) if self.positions == "p-rope" else POSITIONS[self.positions]
 
     @property
     def title(self) -> str:
@@ -180,7 +196,12 @@ class Run:
         others = ("systems", "seeds", "learning_rates", "data", "search_steps", "steps")
         work = {k: v for k, v in self.work.settings().items() if k not in others}
         own = {f: getattr(self, f) for f in ("system", "seed", "learning_rate", "kind", "steps")}
-        return work | own | {"data_digest": self.data_digest}
+        code = {
+            "made_by": f"aftermax {__version__}, torch {torch.__version__}",
+            "arm": repr(self.arm.entry.system),
+            "places": repr(self.arm.place(self.work.context)),
+        }
+        return work | own | code | {"data_digest": self.data_digest}
 
     @property
     def id(self) -> str:

@@ -66,14 +66,11 @@ class Corpus:
     name: str
     digest: str
     symbols: Symbols
-    bytes_per_token: float
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:
         meta = json.loads((folder / "meta.json").read_text())
-        return cls(
-            folder, meta["name"], meta["digest"], Symbols(meta["text"]), meta["bytes_per_token"]
-        )
+        return cls(folder, meta["name"], meta["digest"], Symbols(meta["text"]))
 
     def tokens(self, split: str) -> np.ndarray:
         return np.memmap(self.folder / f"{split}.tokens", dtype=np.uint16, mode="r")

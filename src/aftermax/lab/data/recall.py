@@ -16,6 +16,7 @@ PAIRS.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from aftermax.lab.data.corpus import DIGITS, LETTERS, PLACES, Symbols
 
 PAIRS, ASKED = 4, 8
-"""Key-value pairs of an MQAR problem, and questions about them."""
+"""Key-value pairs of an MQAR problem, and the questions about them in training."""
 
 
 class Problems(NamedTuple):
@@ -50,22 +51,31 @@ def passkey(text: Tensor, symbols: Symbols, generator: torch.Generator) -> Probl
     return Problems(tokens, asked, _untouched(text, tokens))
 
 
-def mqar(text: Tensor, symbols: Symbols, generator: torch.Generator) -> Problems:
-    """Key-value pairs scattered in each text (count, length + 1), asked for at its end."""
+def mqar(
+    text: Tensor, symbols: Symbols, generator: torch.Generator, asked: int | None = None
+) -> Problems:
+    """Key-value pairs scattered in each text (count, length + 1), asked for at its end.
+
+    None asks for each pair once: an answer that was given already would stand near by, however
+    long the context is. A number asks so many questions, pairs drawn again and again.
+    """
     tokens = text.clone()
     count, total = tokens.shape
     half = LETTERS // 2  # the first half of the letters are keys, the others values
     keys = _distinct(count, half, PAIRS, generator) + symbols.letters
     values = _distinct(count, half, PAIRS, generator) + symbols.letters + half
-    question = total - 2 * ASKED
+    question = total - 2 * (asked or PAIRS)
     slots = 2 * _distinct(count, question // 2, PAIRS, generator)
     tokens.scatter_(1, slots, keys).scatter_(1, slots + 1, values)
-    order = torch.randint(PAIRS, (count, ASKED), generator=generator)
+    if asked is None:
+        order = _distinct(count, PAIRS, PAIRS, generator)
+    else:
+        order = torch.randint(PAIRS, (count, asked), generator=generator)
     tokens[:, question::2] = keys.gather(1, order)
     tokens[:, question + 1 :: 2] = values.gather(1, order)
-    asked = torch.zeros(count, total - 1, dtype=torch.bool)
-    asked[:, question::2] = True
-    return Problems(tokens, asked, _untouched(text, tokens))
+    answers = torch.zeros(count, total - 1, dtype=torch.bool)
+    answers[:, question::2] = True
+    return Problems(tokens, answers, _untouched(text, tokens))
 
 
 def _untouched(text: Tensor, tokens: Tensor) -> Tensor:
@@ -78,3 +88,6 @@ def _distinct(count: int, of: int, take: int, generator: torch.Generator) -> Ten
 
 
 TASKS = {"passkey": passkey, "mqar": mqar}
+"""What is scored."""
+TRAINING_TASKS = (passkey, partial(mqar, asked=ASKED))
+"""What is learned from: the same problems, with more questions."""
