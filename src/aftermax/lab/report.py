@@ -9,6 +9,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import pyplot as plt
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
 from aftermax import __version__
@@ -167,20 +169,10 @@ def settings(results: Results) -> dict[str, str]:
     }
 
 
-def terminal_table(results: Results) -> Table:
-    """The main numbers, for the end of a run."""
+def terminal_table(results: Results) -> Group:
+    """The main numbers, for the end of a run: loss, then recall and speed; 80 columns hold them."""
     multiples = results.work.multiples
-    first, last = multiples[0], multiples[-1]
-    table = Table(
-        title="loss at multiples of the training length · recall there · training speed",
-        caption="bold: lowest loss · key: passkeys found · kv: associative recall",
-    )
-    table.add_column("system", no_wrap=True)
-    for m in multiples:
-        table.add_column(f"{m}x", justify="right")
-    for name in ("key", "kv"):
-        table.add_column(f"{name}\n{first}x-{last}x", justify="right", no_wrap=True)
-    table.add_column("speed", justify="right")
+    loss = _terminal_table("loss (nats per token)", [f"{m}x" for m in multiples])
     lows = [
         min(s.mean for e in results.arms if (s := results.at(e.name, "loss", m))) for m in multiples
     ]
@@ -190,12 +182,28 @@ def terminal_table(results: Results) -> Table:
             spread = results.at(entry.name, "loss", m)
             text = "–" if spread is None else f"{spread.mean:.2f}"
             cells.append(f"[bold]{text}[/bold]" if spread and spread.mean == low else text)
-        for measure in ("passkey", "mqar"):
-            ends = [results.at(entry.name, measure, m) for m in (first, last)]
-            cells.append(" ".join(" –" if e is None else f"{100 * e.mean:.0f}%" for e in ends))
+        loss.add_row(entry.name, *cells)
+
+    last = multiples[-1]
+    names = [*(f"{m}x" for m in multiples), "kv 1x", f"kv {last}x", "speed"]
+    recall = _terminal_table("passkeys found (%), key-value answers (%), training speed", names)
+    for entry in results.arms:
+        asked = [("passkey", m) for m in multiples] + [("mqar", 1), ("mqar", last)]
+        found = [results.at(entry.name, measure, m) for measure, m in asked]
         ratio = results.cost(entry.name, "speed_ratio")
-        cells.append("–" if ratio is None else f"{ratio:.2f}")
-        table.add_row(entry.name, *cells)
+        recall.add_row(
+            entry.name,
+            *("–" if s is None else f"{100 * s.mean:.0f}" for s in found),
+            "–" if ratio is None else f"{ratio:.2f}",
+        )
+    return Group(loss, recall)
+
+
+def _terminal_table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("system", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
