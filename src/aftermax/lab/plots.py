@@ -208,7 +208,7 @@ def _against_length(axis: Axes, results: Results, measure: str, label: str) -> N
         sd = np.array([s.sd for _, s in known])
         style = look(entry)
         axis.plot(x, mean, label=entry.title, **style)
-        axis.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.15, linewidth=0)
+        axis.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.1, linewidth=0)
     axis.set_xscale("log", base=2)
     context = results.work.context
     axis.set_xticks(lengths, [f"{n}\n{n // context}x" for n in lengths])
