@@ -22,12 +22,11 @@ def dot(vectors: Tensor) -> Tensor:
 def cosine(vectors: Tensor) -> Tensor:
     """L2-normalised along the head width, so that the inner product is a cosine in [-1, 1].
 
-    A vector of zeros has no direction: it stays zero, and its gradient is zero, where a floor on
-    the norm would give a gradient of one over the floor.
+    A vector of zeros has no direction and stays zero; its gradient is what comes in, where a small
+    floor on the norm would multiply it by one over the floor.
     """
-    nothing = (vectors == 0).all(-1, keepdim=True)
-    directed = torch.where(nothing, 1, vectors)
-    return torch.nn.functional.normalize(directed, dim=-1, eps=1e-12).masked_fill(nothing, 0)
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / norm.masked_fill(norm == 0, 1)
 
 
 def inv_sqrt_dim(head_dim: int) -> float:
