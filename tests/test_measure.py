@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from aftermax.lab import cost, measure
 from aftermax.lab.cost import peak_mebibytes, training_memory, training_speed
-from aftermax.lab.data.recall import ASKED
+from aftermax.lab.data.recall import PAIRS
 from aftermax.lab.measure import evaluate, tuning_loss
 
 from .lab_work import model_of, prepared, run_of, tiny_work, write_texts
@@ -180,7 +180,7 @@ def test_a_passkey_counts_only_whole_and_each_mqar_answer_for_itself(work, corpu
     nearly = Copier(corpus.symbols.total, share=1 - 2 / length)
     found = measure._recall(nearly, corpus, work, length)
     assert found["passkey"] == 0.0
-    assert found["mqar"] == pytest.approx(1 - 1 / ASKED)
+    assert found["mqar"] == pytest.approx(1 - 1 / PAIRS)
 
 
 # diagnostics

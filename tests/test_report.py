@@ -57,21 +57,21 @@ def without(results: Results, dropped) -> Results:
 def test_compare_prints_a_table_and_the_place_of_the_report(comparison, results):
     out, said = comparison
     assert f"report: {out / 'report.html'}" in said
-    assert "loss at multiples of the training length" in said
+    assert "loss (nats per token)" in said
     for system in results.work.systems:
-        assert re.search(rf"{system} .*\d\.\d\d.*\d%", said), system
+        assert re.search(rf"{system} +\d\.\d\d +\d\.\d\d", said), system
 
 
 def test_compare_says_which_rates_were_tried_and_taken(comparison, results):
     for system in results.work.systems:
-        assert re.search(rf"{system}: (0.001|0.003) \(0.001: \d.*, 0.003: \d.*\)", comparison[1])
+        assert re.search(rf"{system}: \S+ \(.*0.001: \d.*, 0.003: \d.*\)", comparison[1])
 
 
 def test_every_phase_is_in_the_store(results):
     assert set(results.tuning) == set(results.rates) == set(results.work.systems)
     for system in results.work.systems:
         assert results.at(system, "loss", 2).count == 3
-        assert len(results.tuning[system]) == 2
+        assert len(results.tuning[system]) >= 2  # more where the best lay at an edge
         assert results.cost(system, "peak_mebibytes") is not None
     assert results.cost("softmax", "speed_ratio") == 1
 

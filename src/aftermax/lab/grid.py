@@ -206,10 +206,14 @@ def _beyond(tried: dict[float, float]) -> float | None:
     rates = sorted(tried)
     best = rates.index(min(rates, key=lambda rate: tried[rate]))
     if best == 0:
-        return rates[0] * rates[0] / rates[1]
+        return _rounded(rates[0] * rates[0] / rates[1])
     if best == len(rates) - 1:
-        return rates[-1] * rates[-1] / rates[-2]
+        return _rounded(rates[-1] * rates[-1] / rates[-2])
     return None
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
 
 
 @contextlib.contextmanager

@@ -213,7 +213,7 @@ def digest(settings: dict) -> str:
     """12 hexadecimal digits that stand for the settings.
 
     >>> digest({"a": 1})
-    '015abd7f5cc5'
+    'f9d86028c6e0'
     """
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
