@@ -77,7 +77,12 @@ class Process:
         arguments = [sys.executable, "-m", "aftermax.cli", *command(work, out, workers=2)]
         with self.log.open("w") as log:
             self.popen = subprocess.Popen(
-                arguments, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                arguments,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # a suite in the background has Ctrl-C ignored, and would hand that down
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def __enter__(self):
