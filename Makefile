@@ -20,7 +20,7 @@ test-all: check           ## the same with the long tests
 check: .venv/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/lab.done     ## memory of the blocked reference against the whole matrix
 	$(BIN)/python benchmarks/reference_memory.py
