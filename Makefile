@@ -6,16 +6,36 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all check bench docs figures clean
+KERNELS := src/aftermax/kernels
+LIBRARY := $(KERNELS)/libaftermax.so
+NATIVE := CMakeLists.txt $(wildcard $(KERNELS)/cpu/*)
+
+.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
 	$(BIN)/aftermax compare quick
 
-test: check               ## lint, types, doctests and the suite
+test: check kernels       ## lint, types, doctests and the suite
 	$(BIN)/pytest -n auto -m "not slow"
 
-test-all: check           ## the same with the long tests
+test-all: check kernels   ## the same with the long tests
 	$(BIN)/pytest -n auto
+
+test-sanitize: .venv/dev.done  ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+		-DCMAKE_BUILD_TYPE=Debug -DAFTERMAX_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/python tests/sanitized.py build/sanitize/lib/libaftermax.so
+
+kernels: $(LIBRARY)       ## build the native library into the source tree
+
+$(LIBRARY): $(NATIVE) | .venv/dev.done
+	$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/native
+	@touch $@
+
+wheel: .venv/dev.done     ## build the platform wheel into dist/
+	$(BIN)/python -m build --wheel
 
 check: .venv/dev.done
 	$(BIN)/ruff check .
@@ -24,6 +44,9 @@ check: .venv/dev.done
 
 bench: .venv/lab.done     ## memory of the blocked reference against the whole matrix
 	$(BIN)/python benchmarks/reference_memory.py
+
+bench-rows: .venv/dev.done kernels  ## the row kernels against torch and the machine's bound
+	$(BIN)/python benchmarks/rows.py
 
 figures: .venv/lab.done   ## redraw the figures and tables of README and docs from docs/results
 	$(BIN)/python docs/make_figures.py
@@ -44,4 +67,4 @@ docs: .venv/docs.done
 	@touch $@
 
 clean:
-	rm -rf .venv dist build docs/_build
+	rm -rf .venv dist build docs/_build $(LIBRARY)

@@ -8,8 +8,14 @@ from aftermax.catalogue import CATALOGUE, Entry, find
 
 # the same with projections, positions and a cache
 from aftermax.dense import Dense, KeyValues, System
+
+# logits -> loss
+from aftermax.losses import cross_entropy, linear_cross_entropy
 from aftermax.modules import Attention
 from aftermax.positions import ALiBi, NoPositions, RoPE
+
+# over one dimension of anything
+from aftermax.rows import log_softmax, logsumexp, softmax
 
 # which release this is
 from aftermax.version import __version__
@@ -59,5 +65,10 @@ __all__ = [
     "__version__",
     "attention",
     "attention_weights",
+    "cross_entropy",
     "find",
+    "linear_cross_entropy",
+    "log_softmax",
+    "logsumexp",
+    "softmax",
 ]

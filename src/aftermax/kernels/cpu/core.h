@@ -1,0 +1,170 @@
+// The core of the CPU kernels: plain C functions over pointers, sizes and strides.
+//
+// No torch and no Python in here: whoever calls brings the memory and a way to run a loop on several
+// threads. Every function exists once per instruction set (a "body"); `am_body()` gives the one in
+// use. Nothing throws, nothing allocates what it returns.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef void (*am_task)(int64_t begin, int64_t end, void* context);
+
+// Runs task over [0, count) on several threads, each one contiguous range of at least `grain`.
+typedef struct {
+  void (*run)(int64_t count, int64_t grain, am_task task, void* context);
+  int32_t threads;
+} am_parallel;
+
+typedef enum { AM_FLOAT32 = 0, AM_BFLOAT16 = 1, AM_FLOAT16 = 2 } am_dtype;
+
+// How a softmax walks its row.
+typedef enum {
+  AM_AUTO = 0,
+  AM_THREE_PASS_RECOMPUTE = 1,  // max | sum of exp | exp again, scaled
+  AM_THREE_PASS_RELOAD = 2,     // max | exp, stored, and its sum | scale what was stored
+  AM_TWO_PASS = 3,              // sum of (mantissa, exponent) pairs | exp, scaled
+  AM_ONLINE = 4,                // running max and sum | exp, scaled
+} am_algorithm;
+
+// How the result is written: through the cache, or past it.
+typedef enum { AM_STORE_AUTO = 0, AM_STORE_CACHED = 1, AM_STORE_STREAMED = 2 } am_store;
+
+// What a row of nothing but -inf gives.
+typedef enum { AM_EMPTY_NAN = 0, AM_EMPTY_ZERO = 1 } am_empty;
+
+typedef enum { AM_MEAN = 0, AM_SUM = 1, AM_NONE = 2 } am_reduction;
+
+enum { AM_MAX_DIMS = 64 };
+
+// `rows` rows of `length` elements. A row's place is given by the outer dims (sizes, and steps in
+// elements, the last one runs fastest); its elements lie `stride` elements apart.
+typedef struct {
+  void* data;
+  int64_t stride;
+  int64_t step[AM_MAX_DIMS];
+} am_place;
+
+typedef struct {
+  int64_t rows, length;
+  int32_t dims;
+  int64_t size[AM_MAX_DIMS];
+} am_shape;
+
+typedef struct {
+  am_shape shape;
+  am_place in, out;
+  am_dtype dtype;
+  am_algorithm algorithm;
+  am_store store;
+  am_empty empty;
+  int32_t log;  // 1: write log(softmax)
+} am_softmax;
+
+typedef struct {
+  am_shape shape;
+  am_place in;
+  am_dtype dtype;
+  void* out;  // one value per row, in dtype
+  double* lse;  // the same, not rounded to dtype
+} am_logsumexp;
+
+// in[0] = gradient of the output; in[1] = the output (softmax, log-softmax) or the input (logsumexp)
+typedef enum { AM_OF_SOFTMAX = 0, AM_OF_LOG_SOFTMAX = 1 } am_backward_of;
+
+typedef struct {
+  am_shape shape;
+  am_place grad, result, out;
+  am_dtype dtype;
+  am_backward_of of;
+} am_softmax_backward;
+
+typedef struct {
+  am_shape shape;
+  am_place in, out;
+  am_dtype dtype;
+  const void* grad;  // one value per row, in dtype
+  const double* lse;
+} am_logsumexp_backward;
+
+// What the classes of a cross-entropy have in common. `weight` may be null.
+typedef struct {
+  const int64_t* target;
+  int64_t ignore_index;
+  const float* weight;
+  double label_smoothing, lse_square_scale;
+  am_reduction reduction;
+} am_classes;
+
+typedef struct {
+  am_shape shape;
+  am_place logits;
+  am_dtype dtype;
+  am_classes classes;
+  float* loss;  // one value per row (none) or one in all
+  double* lse;  // one per row
+} am_cross_entropy;
+
+typedef struct {
+  am_shape shape;
+  am_place logits, out;
+  am_dtype dtype;
+  am_classes classes;
+  const float* grad;  // one value per row (none) or one in all
+  const double* lse;
+} am_cross_entropy_backward;
+
+// logits = hidden weight^T + bias, never whole. hidden (rows, width), weight (classes, width).
+typedef struct {
+  int64_t rows, width, count;  // count: the number of classes
+  const void *hidden, *weight, *bias;  // bias may be null
+  int64_t hidden_step, weight_step;    // elements from one row to the next
+  am_dtype dtype;
+  am_classes classes;
+  float* loss;
+  double* lse;
+} am_linear_cross_entropy;
+
+typedef struct {
+  am_linear_cross_entropy forward;  // loss is not read
+  const float* grad;
+  void *grad_hidden, *grad_weight, *grad_bias;  // contiguous, in dtype; null where not wanted
+} am_linear_cross_entropy_backward;
+
+// Returns 0, or 1 where scratch memory could not be had (then nothing was written).
+typedef struct {
+  const char* name;
+  int (*softmax)(const am_softmax*, am_parallel);
+  int (*softmax_backward)(const am_softmax_backward*, am_parallel);
+  int (*logsumexp)(const am_logsumexp*, am_parallel);
+  int (*logsumexp_backward)(const am_logsumexp_backward*, am_parallel);
+  int (*cross_entropy)(const am_cross_entropy*, am_parallel);
+  int (*cross_entropy_backward)(const am_cross_entropy_backward*, am_parallel);
+  int (*linear_cross_entropy)(const am_linear_cross_entropy*, am_parallel);
+  int (*linear_cross_entropy_backward)(const am_linear_cross_entropy_backward*, am_parallel);
+} am_body_table;
+
+#if defined(__GNUC__)
+#define AM_EXPORT __attribute__((visibility("default")))
+#else
+#define AM_EXPORT
+#endif
+
+// The body in use. Picked when the library is loaded: the best that the processor has.
+AM_EXPORT const am_body_table* am_body(void);
+// Its name: "avx512", "avx2" or "portable".
+AM_EXPORT const char* am_isa(void);
+// Switches to the body of that name. Returns 0, 1 where no body has that name, 2 where the processor
+// (or the build) lacks it. Not while a kernel runs.
+AM_EXPORT int am_use_isa(const char* name);
+
+// Sizes of this processor's caches in bytes, as far as it tells: L2 of one core, and the last level.
+AM_EXPORT int64_t am_l2_bytes(void);
+AM_EXPORT int64_t am_last_level_bytes(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,63 @@
+// e^x as a pair: e^x = p 2^n with whole n and p in [sqrt(1/2), sqrt(2)].
+//
+// It is the usual exp without its last step, the multiplication by 2^n, which is the only one that
+// can overflow (Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv:2001.04438, section 3).
+// Sums of pairs need no maximum, and x - max, whose rounding is most of the error of other softmaxes,
+// is never formed.
+#pragma once
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+
+namespace AM_ISA {
+
+// Inputs below this count as this. It is far below what any row with a maximum above it can tell from
+// 0; rows whose maximum is not above it, or is above its negative, take the shifted path (rows.h).
+constexpr float LOWEST = -0x1p21f;
+// Exponents up to this are exact: round() and the two-part ln 2 hold here.
+constexpr double EXPONENT_LIMIT = 2.9e6;
+
+struct Pair {
+  F p, n;
+};
+
+// Largest relative error of p: 2.0e-9 by the polynomial (a minimax fit with p(0) = 1, p'(0) = 1 to
+// rounding), 1.1 ULP with the roundings of its evaluation.
+static inline Pair exp_pair(F x) {
+  x = max(set1(LOWEST), x);
+  F n = round(x * set1(0x1.715476p+0f));
+  F t = reduce_argument(x, n);
+  F p = fma(set1(0x1.6ae732p-10f), t, set1(0x1.126782p-7f));
+  p = fma(p, t, set1(0x1.555822p-5f));
+  p = fma(p, t, set1(0x1.55541ap-3f));
+  p = fma(p, t, set1(0x1.fffffcp-2f));
+  p = fma(p, t, set1(1.0f));
+  return {fma(p, t, set1(1.0f)), n};
+}
+
+// e^x for x <= 0.
+static inline F exp_below(F x) {
+  Pair e = exp_pair(x);
+  return scale(e.p, e.n);
+}
+
+// A sum of pairs: s 2^e. An empty sum is s = 0.
+struct Sum {
+  double s, e;
+};
+
+// a 2^k for whole k <= 0; NaN stays, also where it spoilt k.
+static inline double times_power(double a, double k) { return k >= -1100 ? ldexp(a, (int)k) : a * 0; }
+
+static inline Sum add(Sum a, Sum b) {
+  if (a.s == 0) return b;
+  if (b.s == 0) return a;
+  double e = a.e > b.e ? a.e : b.e;
+  return {times_power(a.s, a.e - e) + times_power(b.s, b.e - e), e};
+}
+
+static inline bool ordinary(Sum a) { return a.s > 0 && a.e < EXPONENT_LIMIT && a.e > -EXPONENT_LIMIT; }
+
+static inline double log_of(Sum a) { return log(a.s) + a.e * 0.693147180559945309417; }
+
+}  // namespace AM_ISA

@@ -1,0 +1,75 @@
+// The multiplication of small blocks: C += A B on packed panels, held in registers.
+#pragma once
+#include "rows.h"
+
+namespace AM_ISA {
+
+// One tile of C: as many rows as keep the multipliers busy without running out of registers.
+constexpr int TILE_ROWS = W == 16 ? 8 : 4;
+constexpr int TILE_COLUMNS = 2 * W;
+// Steps of the inner sum between two visits to C, so that a panel of B stays in the first cache.
+constexpr int64_t DEPTH = 256;
+
+static inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// C (TILE_ROWS x TILE_COLUMNS, rows c_step apart) gets A B, added to what it holds or in its place.
+// A(i, k) lies at a[i a_row + k a_depth]; B(k, j) at b[k TILE_COLUMNS + j].
+static inline void multiply_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t depth,
+                                 float* c, int64_t c_step, bool add) {
+  F sum[TILE_ROWS][2];
+  for (int i = 0; i < TILE_ROWS; ++i)
+    for (int j = 0; j < 2; ++j) sum[i][j] = add ? load(c + i * c_step + j * W) : set1(0);
+  for (int64_t k = 0; k < depth; ++k) {
+    F b0 = load(b + k * TILE_COLUMNS), b1 = load(b + k * TILE_COLUMNS + W);
+    for (int i = 0; i < TILE_ROWS; ++i) {
+      F factor = set1(a[i * a_row + k * a_depth]);
+      sum[i][0] = fma(factor, b0, sum[i][0]);
+      sum[i][1] = fma(factor, b1, sum[i][1]);
+    }
+  }
+  for (int i = 0; i < TILE_ROWS; ++i)
+    for (int j = 0; j < 2; ++j) store(c + i * c_step + j * W, sum[i][j]);
+}
+
+// Panels of TILE_ROWS rows, inner sum first: x(rows, depth) becomes [rows / TILE_ROWS][depth][TILE_ROWS].
+// index (may be null) tells which rows; rows beyond `rows` are 0.
+template <class T>
+static void pack_rows(const T* x, int64_t step, const int64_t* index, int64_t rows, int64_t depth, float* out) {
+  for (int64_t panel = 0; panel < rows; panel += TILE_ROWS)
+    for (int i = 0; i < TILE_ROWS; ++i) {
+      float* to = out + panel * depth + i;
+      const T* from = panel + i < rows ? x + (index ? index[panel + i] : panel + i) * step : nullptr;
+      for (int64_t k = 0; k < depth; ++k) to[k * TILE_ROWS] = from ? to_float(from[k]) : 0.0f;
+    }
+}
+
+// Panels of TILE_COLUMNS columns: x(depth, columns) becomes [columns / TILE_COLUMNS][depth][TILE_COLUMNS],
+// the last one filled up with 0. `panel_step` floats lie from one panel to the next.
+template <class T>
+static void pack_columns(const T* x, int64_t step, const int64_t* index, int64_t depth, int64_t columns, float* out,
+                         int64_t panel_step) {
+  for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
+    int64_t wide = columns - j < TILE_COLUMNS ? columns - j : TILE_COLUMNS;
+    float* to = out + j / TILE_COLUMNS * panel_step;
+    for (int64_t k = 0; k < depth; ++k, to += TILE_COLUMNS) {
+      const T* from = x + (index ? index[k] : k) * step + j;
+      int64_t i = 0;
+      for (; i + W <= wide; i += W) store(to + i, load(from + i));
+      for (; i < wide; ++i) to[i] = to_float(from[i]);
+      for (; i < TILE_COLUMNS; ++i) to[i] = 0;
+    }
+  }
+}
+
+// The same of the transpose: x(columns, depth).
+template <class T>
+static void pack_transposed(const T* x, int64_t step, int64_t columns, int64_t depth, float* out) {
+  for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
+    for (int i = 0; i < TILE_COLUMNS; ++i) {
+      float* to = out + j * depth + i;
+      const T* from = j + i < columns ? x + (j + i) * step : nullptr;
+      for (int64_t k = 0; k < depth; ++k) to[k * TILE_COLUMNS] = from ? to_float(from[k]) : 0.0f;
+    }
+}
+
+}  // namespace AM_ISA

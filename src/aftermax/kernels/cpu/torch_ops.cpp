@@ -1,0 +1,438 @@
+// The core as torch operators: unpacks tensors into places, allocates results, calls the body in use.
+//
+// The schemas stand in ops.py; this file gives their CPU implementations through torch's stable ABI.
+#include <dlfcn.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "core.h"
+#include "torch_shim.h"
+
+namespace aftermax {
+namespace {
+
+Torch torch;
+
+void check(int32_t error, const char* what) {
+  if (error != 0) throw std::runtime_error(std::string("aftermax: torch could not ") + what);
+}
+[[noreturn]] void fail(const std::string& message) { throw std::runtime_error("aftermax: " + message); }
+
+// A tensor that this file owns.
+class Tensor {
+ public:
+  explicit Tensor(Value v) : handle_(reinterpret_cast<Handle>(v)) { look(); }
+  explicit Tensor(Handle h) : handle_(h) { look(); }
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+  ~Tensor() {
+    if (handle_) torch.aoti_torch_delete_tensor_object(handle_);
+  }
+  Value release() {
+    Value v = reinterpret_cast<Value>(handle_);
+    handle_ = nullptr;
+    return v;
+  }
+
+  void* data = nullptr;
+  int64_t dim = 0, count = 1;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  int32_t dtype = 0;
+
+  bool is(int32_t t) const { return dtype == t; }
+  bool contiguous() const {
+    int64_t step = 1;
+    for (int64_t d = dim - 1; d >= 0; --d) {
+      if (sizes[d] != 1 && strides[d] != step) return count == 0;
+      step *= sizes[d];
+    }
+    return true;
+  }
+  int64_t bytes_each() const {
+    if (is(torch.aoti_torch_dtype_float64()) || is(torch.aoti_torch_dtype_int64())) return 8;
+    return is(torch.aoti_torch_dtype_float32()) ? 4 : 2;
+  }
+  // first and last byte that it may touch
+  void extent(const char** low, const char** high) const {
+    int64_t last = 0;
+    for (int64_t d = 0; d < dim; ++d) last += (sizes[d] - 1) * strides[d];
+    *low = (const char*)data;
+    *high = *low + (count == 0 ? 0 : (last + 1) * bytes_each());
+  }
+
+ private:
+  void look() {
+    int32_t device = 0;
+    check(torch.aoti_torch_get_device_type(handle_, &device), "tell a tensor's device");
+    if (device != torch.aoti_torch_device_type_cpu()) fail("a tensor that is not on the CPU came to a CPU kernel");
+    check(torch.aoti_torch_get_data_ptr(handle_, &data), "give a tensor's memory");
+    check(torch.aoti_torch_get_dim(handle_, &dim), "tell a tensor's dimensions");
+    check(torch.aoti_torch_get_sizes(handle_, &sizes), "tell a tensor's sizes");
+    check(torch.aoti_torch_get_strides(handle_, &strides), "tell a tensor's strides");
+    check(torch.aoti_torch_get_dtype(handle_, &dtype), "tell a tensor's dtype");
+    for (int64_t d = 0; d < dim; ++d) count *= sizes[d];
+  }
+  Handle handle_;
+};
+
+// A fresh contiguous tensor. Large ones ask for large pages: most of what a fresh result costs is the
+// faults of its 4 KB pages.
+Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
+  int64_t strides[AM_MAX_DIMS], step = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  Handle h;
+  check(torch.aoti_torch_empty_strided(dim, sizes, strides, dtype, torch.aoti_torch_device_type_cpu(), 0, &h),
+        "allocate a result");
+  Tensor t(h);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  int64_t bytes = t.count * t.bytes_each();
+  if (bytes >= 4 << 20) {
+    uintptr_t page = 4096, from = ((uintptr_t)t.data + page - 1) & ~(page - 1);
+    madvise((void*)from, ((uintptr_t)t.data + (uintptr_t)bytes - from) & ~(page - 1), MADV_HUGEPAGE);
+  }
+#endif
+  return Tensor(reinterpret_cast<Handle>(t.release()));
+}
+Tensor empty_like(const Tensor& t) { return empty(t.dim, t.sizes, t.dtype); }
+
+am_dtype dtype_of(const Tensor& t) {
+  if (t.is(torch.aoti_torch_dtype_float32())) return AM_FLOAT32;
+  if (t.is(torch.aoti_torch_dtype_bfloat16())) return AM_BFLOAT16;
+  if (t.is(torch.aoti_torch_dtype_float16())) return AM_FLOAT16;
+  fail("the kernels take float32, bfloat16 and float16");
+}
+
+am_parallel threads() {
+  uint32_t n = 1;
+  torch.torch_get_num_threads(&n);
+  auto run = [](int64_t count, int64_t grain, am_task task, void* context) {
+    if (count <= grain)
+      task(0, count, context);
+    else
+      torch.torch_parallel_for(0, count, grain, task, context);
+  };
+  return {run, (int32_t)n};
+}
+
+int64_t wrapped(int64_t dim, int64_t dims) {
+  if (dims == 0) dims = 1;
+  if (dim < -dims || dim >= dims) fail("dim is out of range");
+  return dim < 0 ? dim + dims : dim;
+}
+
+// The rows of several tensors of one shape along `dim`: outer dims of size 1 left out, and those that
+// follow each other in all tensors made one.
+void rows_of(std::initializer_list<const Tensor*> tensors, std::initializer_list<am_place*> places, int64_t dim,
+             am_shape* shape) {
+  const Tensor& first = **tensors.begin();
+  for (const Tensor* t : tensors) {
+    if (t->dim != first.dim || t->dtype != first.dtype) fail("tensors of one call differ in dimensions or dtype");
+    for (int64_t d = 0; d < t->dim; ++d)
+      if (t->sizes[d] != first.sizes[d]) fail("tensors of one call differ in shape");
+  }
+  shape->length = first.dim ? first.sizes[dim] : 1;
+  shape->rows = 1;
+  shape->dims = 0;
+  auto place = places.begin();
+  for (const Tensor* t : tensors) {
+    (*place)->data = t->data;
+    (*place)->stride = first.dim && shape->length > 1 ? t->strides[dim] : 1;
+    ++place;
+  }
+  for (int64_t d = 0; d < first.dim; ++d) {
+    int64_t size = first.sizes[d];
+    if (d == dim || size == 1) continue;
+    shape->rows *= size;
+    bool follows = shape->dims > 0;
+    int last = shape->dims - 1;
+    place = places.begin();
+    for (const Tensor* t : tensors) follows = follows && (*place++)->step[last] == size * t->strides[d];
+    int at = follows ? last : shape->dims++;
+    shape->size[at] = follows ? shape->size[at] * size : size;
+    place = places.begin();
+    for (const Tensor* t : tensors) (*place++)->step[at] = t->strides[d];
+  }
+}
+
+void check_out(const Tensor& in, const Tensor& out) {
+  for (int64_t d = 0; d < out.dim; ++d)
+    if (out.sizes[d] > 1 && out.strides[d] == 0) fail("out has several elements in one place (it was expanded)");
+  const char *a, *b, *c, *d;
+  in.extent(&a, &b);
+  out.extent(&c, &d);
+  if (a >= d || c >= b) return;
+  bool same = a == c && in.dim == out.dim;
+  for (int64_t k = 0; same && k < in.dim; ++k) same = in.sizes[k] <= 1 || in.strides[k] == out.strides[k];
+  if (!same) fail("out overlaps the input; give the input itself, or memory of its own");
+}
+
+void ran(int failed) {
+  if (failed) fail("no memory for scratch");
+}
+
+int64_t integer(Value v) { return (int64_t)v; }
+double real(Value v) {
+  double d;
+  memcpy(&d, &v, 8);
+  return d;
+}
+bool truth(Value v) { return (v & 0xff) != 0; }
+
+void softmax_into(const Tensor& in, const Tensor& out, const Value* options) {
+  am_softmax a;
+  a.dtype = dtype_of(in);
+  rows_of({&in, &out}, {&a.in, &a.out}, wrapped(integer(options[0]), in.dim), &a.shape);
+  a.log = truth(options[1]);
+  a.empty = (am_empty)integer(options[2]);
+  a.algorithm = (am_algorithm)integer(options[3]);
+  a.store = (am_store)integer(options[4]);
+  if (a.algorithm < AM_AUTO || a.algorithm > AM_ONLINE) fail("no such algorithm");
+  if (in.count > 0) ran(am_body()->softmax(&a, threads()));
+}
+
+// (input, dim, log, empty, algorithm, store) -> out
+void softmax(Value* stack, uint64_t, uint64_t) {
+  Tensor in(stack[0]), out = empty_like(in);
+  softmax_into(in, out, stack + 1);
+  stack[0] = out.release();
+}
+
+// (input, out, dim, log, empty, algorithm, store) -> ()
+void softmax_out(Value* stack, uint64_t, uint64_t) {
+  Tensor in(stack[0]), out(stack[1]);
+  check_out(in, out);
+  softmax_into(in, out, stack + 2);
+}
+
+// (grad, result, dim, log) -> grad of the input
+void softmax_backward(Value* stack, uint64_t, uint64_t) {
+  Tensor grad(stack[0]), result(stack[1]), out = empty_like(result);
+  am_softmax_backward a;
+  a.dtype = dtype_of(result);
+  a.of = truth(stack[3]) ? AM_OF_LOG_SOFTMAX : AM_OF_SOFTMAX;
+  rows_of({&grad, &result, &out}, {&a.grad, &a.result, &a.out}, wrapped(integer(stack[2]), result.dim), &a.shape);
+  if (out.count > 0) ran(am_body()->softmax_backward(&a, threads()));
+  stack[0] = out.release();
+}
+
+// (input, dim) -> logsumexp over dim, the same in float64
+void logsumexp(Value* stack, uint64_t, uint64_t) {
+  Tensor in(stack[0]);
+  int64_t dim = wrapped(integer(stack[1]), in.dim), sizes[AM_MAX_DIMS], dims = 0;
+  for (int64_t d = 0; d < in.dim; ++d)
+    if (d != dim) sizes[dims++] = in.sizes[d];
+  Tensor out = empty(dims, sizes, in.dtype), lse = empty(dims, sizes, torch.aoti_torch_dtype_float64());
+  am_logsumexp a;
+  a.dtype = dtype_of(in);
+  rows_of({&in}, {&a.in}, dim, &a.shape);
+  a.out = out.data;
+  a.lse = (double*)lse.data;
+  if (out.count > 0) ran(am_body()->logsumexp(&a, threads()));
+  stack[0] = out.release();
+  stack[1] = lse.release();
+}
+
+// (grad, input, lse, dim) -> grad of the input
+void logsumexp_backward(Value* stack, uint64_t, uint64_t) {
+  Tensor grad(stack[0]), in(stack[1]), lse(stack[2]), out = empty_like(in);
+  am_logsumexp_backward a;
+  a.dtype = dtype_of(in);
+  rows_of({&in, &out}, {&a.in, &a.out}, wrapped(integer(stack[3]), in.dim), &a.shape);
+  if (!grad.is(in.dtype) || !grad.contiguous() || grad.count != a.shape.rows) fail("grad does not fit the input");
+  if (!lse.is(torch.aoti_torch_dtype_float64()) || !lse.contiguous() || lse.count != a.shape.rows)
+    fail("lse does not fit the input");
+  a.grad = grad.data;
+  a.lse = (const double*)lse.data;
+  if (in.count > 0) ran(am_body()->logsumexp_backward(&a, threads()));
+  stack[0] = out.release();
+}
+
+// options: ignore_index, label_smoothing, lse_square_scale, reduction
+am_classes classes_of(const Tensor& target, const Tensor& weight, const Value* options, int64_t rows, int64_t count) {
+  if (!target.is(torch.aoti_torch_dtype_int64()) || !target.contiguous() || target.count != rows)
+    fail("target must be contiguous int64, one class for each row of logits");
+  if (weight.count > 0 && (!weight.is(torch.aoti_torch_dtype_float32()) || !weight.contiguous() || weight.count != count))
+    fail("weight must be contiguous float32, one number for each class");
+  am_classes c = {(const int64_t*)target.data,
+                  integer(options[0]),
+                  weight.count > 0 ? (const float*)weight.data : nullptr,
+                  real(options[1]),
+                  real(options[2]),
+                  (am_reduction)integer(options[3])};
+  for (int64_t r = 0; r < rows; ++r)
+    if (c.target[r] != c.ignore_index && (c.target[r] < 0 || c.target[r] >= count))
+      fail("target " + std::to_string(c.target[r]) + " is out of bounds: there are " + std::to_string(count) +
+           " classes");
+  return c;
+}
+
+Tensor loss_for(am_reduction reduction, int64_t rows) {
+  return empty(reduction == AM_NONE ? 1 : 0, &rows, torch.aoti_torch_dtype_float32());
+}
+const float* loss_grad(const Tensor& grad, am_reduction reduction, int64_t rows) {
+  if (!grad.is(torch.aoti_torch_dtype_float32()) || !grad.contiguous() ||
+      grad.count != (reduction == AM_NONE ? rows : 1))
+    fail("grad does not fit the loss");
+  return (const float*)grad.data;
+}
+const double* saved_lse(const Tensor& lse, int64_t rows) {
+  if (!lse.is(torch.aoti_torch_dtype_float64()) || !lse.contiguous() || lse.count != rows) fail("lse does not fit");
+  return (const double*)lse.data;
+}
+
+// (logits, target, weight, dim, options...) -> loss, lse
+void cross_entropy(Value* stack, uint64_t, uint64_t) {
+  Tensor logits(stack[0]), target(stack[1]), weight(stack[2]);
+  am_cross_entropy a;
+  a.dtype = dtype_of(logits);
+  rows_of({&logits}, {&a.logits}, wrapped(integer(stack[3]), logits.dim), &a.shape);
+  a.classes = classes_of(target, weight, stack + 4, a.shape.rows, a.shape.length);
+  Tensor loss = loss_for(a.classes.reduction, a.shape.rows);
+  Tensor lse = empty(1, &a.shape.rows, torch.aoti_torch_dtype_float64());
+  a.loss = (float*)loss.data;
+  a.lse = (double*)lse.data;
+  ran(am_body()->cross_entropy(&a, threads()));
+  stack[0] = loss.release();
+  stack[1] = lse.release();
+}
+
+// (grad, logits, target, weight, lse, dim, options...) -> grad of the logits
+void cross_entropy_backward(Value* stack, uint64_t, uint64_t) {
+  Tensor grad(stack[0]), logits(stack[1]), target(stack[2]), weight(stack[3]), lse(stack[4]);
+  Tensor out = empty_like(logits);
+  am_cross_entropy_backward a;
+  a.dtype = dtype_of(logits);
+  rows_of({&logits, &out}, {&a.logits, &a.out}, wrapped(integer(stack[5]), logits.dim), &a.shape);
+  a.classes = classes_of(target, weight, stack + 6, a.shape.rows, a.shape.length);
+  a.grad = loss_grad(grad, a.classes.reduction, a.shape.rows);
+  a.lse = saved_lse(lse, a.shape.rows);
+  if (out.count > 0) ran(am_body()->cross_entropy_backward(&a, threads()));
+  stack[0] = out.release();
+}
+
+am_linear_cross_entropy linear(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& target,
+                               const Tensor& class_weight, const Value* options) {
+  am_linear_cross_entropy a;
+  a.dtype = dtype_of(hidden);
+  if (hidden.dim != 2 || weight.dim != 2 || hidden.sizes[1] != weight.sizes[1] || !weight.is(hidden.dtype))
+    fail("hidden must be (N, D) and weight (C, D), of one dtype");
+  a.rows = hidden.sizes[0];
+  a.width = hidden.sizes[1];
+  a.count = weight.sizes[0];
+  if ((a.width > 1 && (hidden.strides[1] != 1 || weight.strides[1] != 1))) fail("hidden and weight must have unit stride");
+  if (bias.count > 0 && (!bias.is(hidden.dtype) || !bias.contiguous() || bias.count != a.count))
+    fail("bias must be (C,), contiguous, in the dtype of hidden");
+  a.hidden = hidden.data;
+  a.weight = weight.data;
+  a.bias = bias.count > 0 ? bias.data : nullptr;
+  a.hidden_step = hidden.strides[0];
+  a.weight_step = weight.strides[0];
+  a.classes = classes_of(target, class_weight, options, a.rows, a.count);
+  return a;
+}
+
+// (hidden, weight, bias, target, class_weight, options...) -> loss, lse
+void linear_cross_entropy(Value* stack, uint64_t, uint64_t) {
+  Tensor hidden(stack[0]), weight(stack[1]), bias(stack[2]), target(stack[3]), class_weight(stack[4]);
+  am_linear_cross_entropy a = linear(hidden, weight, bias, target, class_weight, stack + 5);
+  Tensor loss = loss_for(a.classes.reduction, a.rows);
+  Tensor lse = empty(1, &a.rows, torch.aoti_torch_dtype_float64());
+  a.loss = (float*)loss.data;
+  a.lse = (double*)lse.data;
+  ran(am_body()->linear_cross_entropy(&a, threads()));
+  stack[0] = loss.release();
+  stack[1] = lse.release();
+}
+
+// (grad, hidden, weight, bias, target, class_weight, lse, options..., wants hidden, weight, bias)
+// -> three gradients, empty where not wanted
+void linear_cross_entropy_backward(Value* stack, uint64_t, uint64_t) {
+  Tensor grad(stack[0]), hidden(stack[1]), weight(stack[2]), bias(stack[3]), target(stack[4]), class_weight(stack[5]);
+  Tensor lse(stack[6]);
+  am_linear_cross_entropy_backward b;
+  b.forward = linear(hidden, weight, bias, target, class_weight, stack + 7);
+  b.forward.lse = const_cast<double*>(saved_lse(lse, b.forward.rows));
+  b.forward.loss = nullptr;
+  b.grad = loss_grad(grad, b.forward.classes.reduction, b.forward.rows);
+  const int64_t none = 0;
+  bool wants[] = {truth(stack[11]), truth(stack[12]), truth(stack[13])};
+  Tensor grad_hidden = wants[0] ? empty_like(hidden) : empty(1, &none, hidden.dtype);
+  Tensor grad_weight = wants[1] ? empty_like(weight) : empty(1, &none, hidden.dtype);
+  Tensor grad_bias = wants[2] ? empty_like(bias) : empty(1, &none, hidden.dtype);
+  b.grad_hidden = wants[0] ? grad_hidden.data : nullptr;
+  b.grad_weight = wants[1] ? grad_weight.data : nullptr;
+  b.grad_bias = wants[2] && bias.count > 0 ? grad_bias.data : nullptr;
+  ran(am_body()->linear_cross_entropy_backward(&b, threads()));
+  stack[0] = grad_hidden.release();
+  stack[1] = grad_weight.release();
+  stack[2] = grad_bias.release();
+}
+
+struct Op {
+  const char* name;
+  Boxed run;
+};
+const Op ops[] = {
+    {"softmax", softmax},
+    {"softmax_out", softmax_out},
+    {"softmax_backward", softmax_backward},
+    {"logsumexp", logsumexp},
+    {"logsumexp_backward", logsumexp_backward},
+    {"cross_entropy", cross_entropy},
+    {"cross_entropy_backward", cross_entropy_backward},
+    {"linear_cross_entropy", linear_cross_entropy},
+    {"linear_cross_entropy_backward", linear_cross_entropy_backward},
+};
+
+#if defined(__APPLE__)
+constexpr const char* TORCH_LIBRARY_FILE = "libtorch_cpu.dylib";
+#else
+constexpr const char* TORCH_LIBRARY_FILE = "libtorch_cpu.so";
+#endif
+
+}  // namespace
+}  // namespace aftermax
+
+// Registers the CPU implementations with the torch whose library file is at `path`, which must be
+// loaded. Returns null, or what went wrong.
+extern "C" AM_EXPORT const char* am_register(const char* path) {
+  using namespace aftermax;
+  static std::string problem;
+  static bool done = false;
+  if (done) return nullptr;
+  void* library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+  if (!library) {
+    problem = std::string(TORCH_LIBRARY_FILE) + " is not loaded from " + path;
+    return problem.c_str();
+  }
+#define AM_FIND(name, result, arguments)                                     \
+  torch.name = reinterpret_cast<result(*) arguments>(dlsym(library, #name)); \
+  if (!torch.name) {                                                         \
+    problem = "this torch has no " #name " (torch 2.10 or newer is needed)"; \
+    return problem.c_str();                                                  \
+  }
+  AM_TORCH_FUNCTIONS(AM_FIND)
+#undef AM_FIND
+  TorchLibraryOpaque* registry = nullptr;
+  if (torch.aoti_torch_library_init_impl("aftermax", "CPU", "aftermax", 0, &registry) != 0) {
+    problem = "torch did not open the library `aftermax`";
+    return problem.c_str();
+  }
+  for (const Op& op : ops)
+    if (torch.torch_library_impl(registry, op.name, op.run, TORCH_2_10) != 0) {
+      problem = std::string("torch did not take the kernel of ") + op.name;
+      return problem.c_str();
+    }
+  done = true;  // the registry lives as long as the process
+  return nullptr;
+}

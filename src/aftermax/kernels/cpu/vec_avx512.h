@@ -1,0 +1,115 @@
+// Sixteen floats at a time.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "half.h"
+
+namespace AM_ISA {
+
+constexpr int W = 16;
+
+struct F {
+  __m512 v;
+};
+// The same lanes in double: lane k of F is lane k of lo, or lane k - 8 of hi.
+struct D {
+  __m512d lo, hi;
+};
+
+static inline F set1(float a) { return {_mm512_set1_ps(a)}; }
+static inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+static inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// a > b ? a : b, so that NaN in b stays.
+static inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline F round(F a) { return {_mm512_roundscale_ps(a.v, 8)}; }
+// a 2^n for whole n <= 127; may be 0 from n = -127 on.
+static inline F scale(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+static inline bool any_greater(F a, F b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
+}
+
+// x - n ln 2, with ln 2 in two parts.
+static inline F reduce_argument(F x, F n) {
+  F t = {_mm512_fnmadd_ps(n.v, _mm512_set1_ps(0x1.62E43p-1f), x.v)};
+  return {_mm512_fnmadd_ps(n.v, _mm512_set1_ps(-0x1.05C61p-29f), t.v)};
+}
+
+static inline float max_of_lanes(F a) { return _mm512_reduce_max_ps(a.v); }
+
+static inline D zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+static inline D widen(F a) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)),
+          _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))};
+}
+static inline D operator+(D a, D b) {
+  return {_mm512_add_pd(a.lo, b.lo), _mm512_add_pd(a.hi, b.hi)};
+}
+static inline D operator*(D a, D b) {
+  return {_mm512_mul_pd(a.lo, b.lo), _mm512_mul_pd(a.hi, b.hi)};
+}
+// a 2^n for whole n <= 0.
+static inline D scale(D a, F n) {
+  D k = widen(n);
+  return {_mm512_scalef_pd(a.lo, k.lo), _mm512_scalef_pd(a.hi, k.hi)};
+}
+static inline double sum_of_lanes(D a) { return _mm512_reduce_add_pd(_mm512_add_pd(a.lo, a.hi)); }
+
+static inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+static inline F load(const bf16* p) {
+  __m256i h = _mm256_loadu_si256((const __m256i*)p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+static inline F load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+}
+static inline __m256i to_bf16(F a) {
+  __m512i u = _mm512_castps_si512(a.v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  r = _mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+static inline __m256i to_f16(F a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+
+static inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+static inline void store(bf16* p, F a) { _mm256_storeu_si256((__m256i*)p, to_bf16(a)); }
+static inline void store(f16* p, F a) { _mm256_storeu_si256((__m256i*)p, to_f16(a)); }
+// Past the cache; p aligned to the bytes written.
+static inline void stream(float* p, F a) { _mm512_stream_ps(p, a.v); }
+static inline void stream(bf16* p, F a) { _mm256_stream_si256((__m256i*)p, to_bf16(a)); }
+static inline void stream(f16* p, F a) { _mm256_stream_si256((__m256i*)p, to_f16(a)); }
+
+// The first k < W lanes; the others are `fill`.
+static inline F load_part(const float* p, int k, float fill) {
+  __mmask16 m = (__mmask16)((1u << k) - 1);
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), m, p)};
+}
+static inline F load_part(const bf16* p, int k, float fill) {
+  __mmask16 m = (__mmask16)((1u << k) - 1);
+  __m512i u = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16);
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), m, _mm512_castsi512_ps(u))};
+}
+static inline F load_part(const f16* p, int k, float fill) {
+  __mmask16 m = (__mmask16)((1u << k) - 1);
+  __m512 v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p));
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), m, v)};
+}
+static inline void store_part(float* p, F a, int k) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << k) - 1), a.v);
+}
+static inline void store_part(bf16* p, F a, int k) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << k) - 1), to_bf16(a));
+}
+static inline void store_part(f16* p, F a, int k) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << k) - 1), to_f16(a));
+}
+
+static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+static inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+static inline void fence() { _mm_sfence(); }
+
+}  // namespace AM_ISA
