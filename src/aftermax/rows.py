@@ -3,10 +3,10 @@
 The calls are torch's. On the CPU, in float32, bfloat16 and float16, they run on the compiled
 kernels; everywhere else on `aftermax.reference`. What the kernels do differently from torch's:
 
-- a softmax walks its row by one of four algorithms (`impl=` names them, see `softmax`), the fastest
-  for the row's length by default;
-- e^x is kept as a pair of a mantissa and an exponent, so that x - max is never rounded, and sums run
-  in double: rows of 2^26 elements stay within 5 units in the last place of float32;
+- a softmax walks its row by one of four algorithms (`impl=` names them, see `softmax`), the
+  fastest for the row's length by default;
+- e^x is kept as a pair of a mantissa and an exponent, so that x - max is never rounded, and sums
+  run in double: rows of 2^26 elements stay within 5 units in the last place of float32;
 - one long row is shared among all threads, with the same result for any number of them.
 """
 
@@ -25,10 +25,9 @@ IMPLS = ("reference", "cpu", *(f"cpu-{name}" for name in ALGORITHMS[1:]))
 
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
-# results from this many elements on are allocated by the operator, which asks for large pages
-_LARGE = 2**20
-
 _AUTO = 0
+
+_forward = None if kernels.absent() else torch.ops.aftermax.softmax_forward.default
 
 
 def softmax(
@@ -154,14 +153,25 @@ def _softmax(
     empty: str,
     impl: str | None,
 ) -> Tensor:
+    log = name == "log_softmax"
+    differentiable = input.requires_grad and torch.is_grad_enabled()
+    if (
+        _forward is not None
+        and impl is dtype is out is None
+        and not differentiable
+        and input.dtype in KERNEL_DTYPES
+        and input.is_cpu
+        and input.layout is torch.strided
+        and empty in EMPTIES
+        and -input.ndim <= dim < input.ndim
+    ):  # the usual call, before the checks that small inputs would pay for
+        return _forward(input, dim, log, EMPTIES.index(empty), _AUTO, 0)
     _check_input(name, input, dtype)
     _check_dim(name, input, dim)
     if empty not in EMPTIES:
         raise ValueError(f"{name}: empty={empty!r} is none of {', '.join(map(repr, EMPTIES))}")
     if dtype is not None:
         input = input.to(dtype)
-    log = name == "log_softmax"
-    differentiable = input.requires_grad and torch.is_grad_enabled()
     if out is not None:
         _check_out(name, input, out, input.shape, input.dtype)
     if not use_kernels(name, impl, IMPLS, input):
@@ -170,16 +180,14 @@ def _softmax(
     algorithm = ALGORITHMS.index(impl[4:]) if impl and impl.startswith("cpu-") else _AUTO
     options = (dim, log, EMPTIES.index(empty), algorithm, 0)
     if out is None:
-        if differentiable or input.numel() >= _LARGE or torch.compiler.is_compiling():
-            return torch.ops.aftermax.softmax.default(input, *options)
-        # for small inputs the way through autograd costs more than the work
-        out = torch.empty(input.shape, dtype=input.dtype)
+        op = torch.ops.aftermax.softmax if differentiable else torch.ops.aftermax.softmax_forward
+        return op.default(input, *options)
     torch.ops.aftermax.softmax_out.default(input, out, *options)
     return out
 
 
 def use_kernels(name: str, impl: str | None, impls: Sequence[str], *inputs: Tensor) -> bool:
-    """Whether `impl` means the kernels for these inputs. Raises where it asks for what cannot be."""
+    """Whether `impl` means the kernels for these inputs; raises where it cannot be had."""
     if impl is None:
         return kernels.absent() is None and _refusal(inputs) is None
     if impl not in impls:

@@ -35,7 +35,7 @@ def isa() -> str:
     Raises:
         RuntimeError: where there are no kernels.
     """
-    return _loaded().am_isa().decode()
+    return loaded().am_isa().decode()
 
 
 def use_isa(name: str) -> None:
@@ -47,11 +47,11 @@ def use_isa(name: str) -> None:
     """
     if name not in ISAS:
         raise ValueError(f"no kernels are called {name!r}; there are {', '.join(ISAS)}")
-    if _loaded().am_use_isa(name.encode()) != 0:
+    if loaded().am_use_isa(name.encode()) != 0:
         raise RuntimeError(f"this processor (or this build) cannot run the {name} kernels")
 
 
-def _loaded() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     if _library is None:
         raise RuntimeError(f"there are no compiled kernels here: {_absent}")
     return _library

@@ -8,7 +8,7 @@ through `aftermax.reference` instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +86,13 @@ def _fake_linear_backward(
 ) -> tuple[Tensor, ...]:
     given = zip((hidden, weight, bias), options[-3:], strict=True)
     return tuple(_fresh(t) if wanted else hidden.new_empty((0,)) for t, wanted in given)
+
+
+def _fake_linear_gradients(hidden: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return (
+        *_fake_linear(hidden, *options[:-3]),
+        *_fake_linear_backward(hidden, hidden, *options),
+    )
 
 
 # ---- softmax -----------------------------------------------------------------------------------
@@ -169,8 +176,16 @@ def _setup_linear(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> Non
 
 
 def _linear_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
-    hidden, weight, bias, target, class_weight, _lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
+    out = linear_gradients(grad, ctx.saved_tensors, ctx.options, wanted)
+    return (*out, *(None,) * 6)
+
+
+def linear_gradients(
+    grad: Tensor, saved: Sequence[Tensor], options: list, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of hidden, weight and bias, from the logits made again."""
+    hidden, weight, bias, target, class_weight, _ = saved
     if torch.is_grad_enabled():
 
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -180,16 +195,15 @@ def _linear_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
                 target,
                 bias=bias.float() if bias.numel() else None,
                 class_weight=class_weight if class_weight.numel() else None,
-                **_named(ctx.options),
+                **_named(options),
             )
 
         out = _through(loss, grad, hidden, weight, bias)
     else:
         out = torch.ops.aftermax.linear_cross_entropy_backward(
-            grad.contiguous(), *ctx.saved_tensors, *ctx.options, *wanted
+            grad.contiguous(), *saved, *options, *wanted
         )
-    given = (g if w else None for g, w in zip(out, wanted, strict=True))
-    return (*given, *(None,) * 6)
+    return tuple(g if w else None for g, w in zip(out, wanted, strict=True))
 
 
 def _through(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> tuple:
@@ -212,6 +226,11 @@ TABLE = {
         _fresh,
         _setup_softmax,
         _softmax_backward,
+    ),
+    # the same without a graph: a small call costs a third
+    "softmax_forward": Op(
+        "(Tensor input, int dim, bool log, int empty, int algorithm, int store) -> Tensor",
+        _fresh,
     ),
     "softmax_out": Op(
         "(Tensor input, Tensor(a!) out, int dim, bool log, int empty, int algorithm, int store)"
@@ -253,5 +272,11 @@ TABLE = {
         f" Tensor class_weight, Tensor lse, {_CLASSES}, bool for_hidden, bool for_weight,"
         " bool for_bias) -> (Tensor, Tensor, Tensor)",
         _fake_linear_backward,
+    ),
+    "linear_cross_entropy_gradients": Op(
+        "(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor class_weight,"
+        f" {_CLASSES}, bool for_hidden, bool for_weight, bool for_bias)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _fake_linear_gradients,
     ),
 }

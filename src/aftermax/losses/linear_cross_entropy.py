@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from aftermax import reference
-from aftermax.kernels.ops import REDUCTIONS
+from aftermax.kernels.ops import REDUCTIONS, linear_gradients
 from aftermax.losses.cross_entropy import IMPLS, check_options, check_targets, class_weights
 from aftermax.rows import use_kernels
 
@@ -26,10 +28,12 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(hidden weight^T + bias, target), where the logits never exist as a whole.
 
-    The kernel walks blocks of classes: forward it keeps the logsumexp of each row, backward it
-    makes each block of logits again (four products of the size of the logits in all, where the
-    separate calls take three and the memory). The sums run in an order that does not depend on the
-    number of threads.
+    Where a gradient is wanted and the loss is one number, the kernel makes it together with the
+    loss: the logits of some rows at a time, which turn into their gradient where they stand. Three
+    products of the size of the logits in all, as in the separate calls, without their memory.
+    Otherwise (no gradient, reduction="none", a second backward pass over a retained graph, inside
+    torch.compile) it walks blocks of classes and makes the logits again in the backward pass. The
+    sums run in an order that does not depend on the number of threads.
 
     Args:
         hidden: (..., D); float32, bfloat16 and float16 run on the kernel (in float32 inside).
@@ -70,20 +74,50 @@ def linear_cross_entropy(
             reduction=reduction,
         )
     else:
-        loss, _ = torch.ops.aftermax.linear_cross_entropy(
+        tensors = (
             _unit_stride(rows),
             _unit_stride(weight),
             hidden.new_empty((0,)) if bias is None else bias.contiguous(),
             flat,
             class_weights(class_weight, hidden),
-            ignore_index,
-            label_smoothing,
-            lse_square_scale,
-            REDUCTIONS.index(reduction),
         )
+        options = (ignore_index, label_smoothing, lse_square_scale, REDUCTIONS.index(reduction))
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        if differentiable and reduction != "none" and not torch.compiler.is_compiling():
+            loss = _WithGradients.apply(*tensors, *options)
+        else:
+            loss, _ = torch.ops.aftermax.linear_cross_entropy(*tensors, *options)
     if reduction == "none":
         loss = loss.reshape(target.shape)
     return loss.to(hidden.dtype)
+
+
+class _WithGradients(torch.autograd.Function):
+    """The loss, its gradients made along with it and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        tensors, ctx.options = inputs[:5], list(inputs[5:])
+        wanted = ctx.needs_input_grad[:3]
+        loss, lse, *ctx.gradients = torch.ops.aftermax.linear_cross_entropy_gradients(
+            *tensors, *ctx.options, *wanted
+        )
+        ctx.save_for_backward(*tensors, lse)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        wanted = ctx.needs_input_grad[:3]
+        # saved_tensors first: it raises where an input was changed or the graph is gone
+        saved, gradients, ctx.gradients = ctx.saved_tensors, ctx.gradients, None
+        if gradients is None or torch.is_grad_enabled():
+            out = linear_gradients(grad, saved, ctx.options, wanted)
+        else:  # they belong to nobody else yet, so they are scaled where they stand
+            out = tuple(
+                (g if grad == 1 else g.mul_(grad)) if w else None
+                for g, w in zip(gradients, wanted, strict=True)
+            )
+        return (*out, *(None,) * 6)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

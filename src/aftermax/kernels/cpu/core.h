@@ -145,6 +145,10 @@ typedef struct {
   int (*cross_entropy_backward)(const am_cross_entropy_backward*, am_parallel);
   int (*linear_cross_entropy)(const am_linear_cross_entropy*, am_parallel);
   int (*linear_cross_entropy_backward)(const am_linear_cross_entropy_backward*, am_parallel);
+  // what memory can do at best: reads x, and where y is not null writes it there past the cache
+  int (*memory)(const float* x, float* y, int64_t n, am_parallel);
+  // loss, lse and gradients in one go: for AM_MEAN and AM_SUM, `grad` is not read (1 is meant)
+  int (*linear_cross_entropy_gradients)(const am_linear_cross_entropy_backward*, am_parallel);
 } am_body_table;
 
 #if defined(__GNUC__)

@@ -1,4 +1,4 @@
-// e^x as a pair: e^x = p 2^n with whole n and p in [sqrt(1/2), sqrt(2)].
+// e^x as a pair: e^x = p 2^n with whole n and p near 1.
 //
 // It is the usual exp without its last step, the multiplication by 2^n, which is the only one that
 // can overflow (Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv:2001.04438, section 3).
@@ -13,16 +13,33 @@ namespace AM_ISA {
 
 // Inputs below this count as this. It is far below what any row with a maximum above it can tell from
 // 0; rows whose maximum is not above it, or is above its negative, take the shifted path (rows.h).
-constexpr float LOWEST = -0x1p21f;
-// Exponents up to this are exact: round() and the two-part ln 2 hold here.
-constexpr double EXPONENT_LIMIT = 2.9e6;
+constexpr float LOWEST = -0x1p17f;
+// Exponents up to this are exact: rounding by a large addend and the two-part ln 2 hold here.
+constexpr double EXPONENT_LIMIT = 1.8e5;
 
 struct Pair {
   F p, n;
 };
 
-// Largest relative error of p: 2.0e-9 by the polynomial (a minimax fit with p(0) = 1, p'(0) = 1 to
-// rounding), 1.1 ULP with the roundings of its evaluation.
+// Largest error of p: 1.1 ULP.
+#if defined(AM_TABLE)
+// With sixteen floats in one register: e^x = 2^n 2^(j/16) e^t, |t| <= ln 2 / 32. The multipliers are
+// what limits all kernels here, and a look-up takes two products less than a longer polynomial. n
+// keeps its sixteenths j: scale() takes the whole part, whole() the next whole number.
+static inline Pair exp_pair(F x) {
+  x = max(set1(LOWEST), x);
+  // the addend rounds to sixteenths and leaves j in the last four bits
+  F addend = set1(0x1.8p19f), sum = fma(x, set1(0x1.715476p+0f), addend);
+  F n = sum - addend;
+  F t = reduce_argument(x, n);
+  F power = look_up_power(sum);  // 2^(j/16)
+  F q = fma(set1(0x1.55573ep-3f), t, set1(0x1.00022p-1f));
+  q = fma(q, t, set1(1.0f));
+  return {fma(power * t, q, power), n};
+}
+#else
+// A minimax polynomial of degree 6 with p(0) = p'(0) = 1, |t| <= ln 2 / 2: relative error 2.0e-9.
+static inline F whole(F n) { return n; }
 static inline Pair exp_pair(F x) {
   x = max(set1(LOWEST), x);
   F n = round(x * set1(0x1.715476p+0f));
@@ -34,6 +51,7 @@ static inline Pair exp_pair(F x) {
   p = fma(p, t, set1(1.0f));
   return {fma(p, t, set1(1.0f)), n};
 }
+#endif
 
 // e^x for x <= 0.
 static inline F exp_below(F x) {

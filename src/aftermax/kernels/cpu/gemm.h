@@ -1,5 +1,7 @@
 // The multiplication of small blocks: C += A B on packed panels, held in registers.
 #pragma once
+#include <string.h>
+
 #include "rows.h"
 
 namespace AM_ISA {
@@ -61,15 +63,20 @@ static void pack_columns(const T* x, int64_t step, const int64_t* index, int64_t
   }
 }
 
-// The same of the transpose: x(columns, depth).
+// The same of the transpose: x(columns, depth), with columns of 0 up to `padded`.
 template <class T>
-static void pack_transposed(const T* x, int64_t step, int64_t columns, int64_t depth, float* out) {
-  for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
-    for (int i = 0; i < TILE_COLUMNS; ++i) {
-      float* to = out + j * depth + i;
-      const T* from = j + i < columns ? x + (j + i) * step : nullptr;
-      for (int64_t k = 0; k < depth; ++k) to[k * TILE_COLUMNS] = from ? to_float(from[k]) : 0.0f;
+static void pack_transposed(const T* x, int64_t step, int64_t columns, int64_t padded, int64_t depth, float* out) {
+  for (int64_t j = 0; j < padded; j += W) {  // W columns, half a panel
+    float* to = out + j / TILE_COLUMNS * TILE_COLUMNS * depth + j % TILE_COLUMNS;
+    F v[W];
+    for (int64_t k = 0; k < depth; k += W) {
+      int many = depth - k < W ? (int)(depth - k) : W;
+      for (int i = 0; i < W; ++i)
+        v[i] = j + i < columns ? load_lanes(x + (j + i) * step + k, many, 0) : set1(0);
+      transpose(v);
+      for (int i = 0; i < many; ++i) store(to + (k + i) * TILE_COLUMNS, v[i]);
     }
+  }
 }
 
 }  // namespace AM_ISA

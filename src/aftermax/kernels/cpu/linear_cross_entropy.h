@@ -16,6 +16,8 @@ constexpr int64_t SEGMENT = 4 * PANEL_CLASSES;
 constexpr int64_t BLOCK = 128;
 // Panels whose gradient exists at a time (at least two for every thread).
 constexpr int64_t PANELS_AT_ONCE = 8;
+// Logits that exist at a time where loss and gradients are made together: 80 MB, but at least BLOCK rows.
+constexpr int64_t LOGITS_AT_ONCE = 20000000;
 
 // The rows that count, packed for the tiles.
 template <class T>
@@ -58,6 +60,17 @@ static void load_bias(const void* bias, int64_t from, int64_t count, float* out)
   for (int64_t k = 0; k < count; ++k) out[k] = bias ? to_float(((const T*)bias)[from + k]) : 0.0f;
 }
 
+// The sum of e^x over a piece of a row, whatever the row holds. Where the pairs do not reach, the
+// piece becomes one term: its log is then what counts.
+static inline Sum sum_of_row(const float* x, int64_t n) {
+  Sum sum = sum_pairs<false>(x, n, 0);
+  if (ordinary(sum)) return sum;
+  double lse = shifted_lse(x, n);
+  if (lse == -INFINITY) return {0, 0};
+  double e = lse < INFINITY ? nearbyint(lse * 1.4426950408889634) : 0;
+  return {exp(lse - e * 0.693147180559945309417), e};
+}
+
 template <class T>
 static int linear_cross_entropy_of(const am_linear_cross_entropy* a, am_parallel with) {
   Loss loss(&a->classes, a->rows, a->count);
@@ -86,9 +99,8 @@ static int linear_cross_entropy_of(const am_linear_cross_entropy* a, am_parallel
         int64_t last = (segment + 1) * SEGMENT < a->count ? (segment + 1) * SEGMENT : a->count;
         for (int64_t c = segment * SEGMENT; c < last; c += PANEL_CLASSES) {
           int64_t classes = last - c < PANEL_CLASSES ? last - c : PANEL_CLASSES;
-          pack_transposed((const T*)a->weight + c * a->weight_step, a->weight_step, classes, width, panel.data);
-          for (int64_t j = up_to(classes, TILE_COLUMNS); j < PANEL_CLASSES; j += TILE_COLUMNS)
-            memset(panel.data + j * width, 0, sizeof(float) * (size_t)(TILE_COLUMNS * width));
+          pack_transposed((const T*)a->weight + c * a->weight_step, a->weight_step, classes, PANEL_CLASSES, width,
+                          panel.data);
           load_bias<T>(a->bias, c, classes, bias);
           const float* w = a->classes.weight ? a->classes.weight + c : nullptr;
           for (int64_t first = 0; first < rows; first += BLOCK) {
@@ -99,15 +111,7 @@ static int linear_cross_entropy_of(const am_linear_cross_entropy* a, am_parallel
               if (a->bias)
                 for (int64_t k = 0; k < classes; ++k) x[k] += bias[k];
               Part& part = parts[segment * rows + first + r];
-              Sum sum = sum_pairs<false>(x, classes, 0);
-              if (!ordinary(sum)) {  // kept as the sum of one term, its log
-                double lse = shifted_lse(x, classes);
-                if (lse > -INFINITY) {
-                  double e = lse < INFINITY ? nearbyint(lse * 1.4426950408889634) : 0;
-                  sum = {exp(lse - e * 0.693147180559945309417), e};
-                }
-              }
-              part.sum = add(part.sum, sum);
+              part.sum = add(part.sum, sum_of_row(x, classes));
               if (loss.smooths()) part.weighted += sum_weighted(x, w, classes);
               int64_t target = a->classes.target[hidden.index[first + r]] - c;
               if (target >= 0 && target < classes) at_target[first + r] = x[target];
@@ -153,6 +157,24 @@ static inline void differentiate(float* x, const float* bias, int64_t n, const P
 }
 
 template <class T>
+static inline void store_row(const float* from, T* to, int64_t n) {
+  each_vector(from, 0, n, 0.0f, [&](F v, int lanes, int64_t i) { put(to + i, v, lanes); });
+}
+
+// The gradient of the packed rows [first, first + many) goes where they came from; the first of them
+// also clears those that are ignored.
+template <class T>
+static void store_hidden(const am_linear_cross_entropy_backward* b, const Hidden<T>& hidden, int64_t first,
+                         int64_t many, const float* sum, int64_t wide) {
+  const am_linear_cross_entropy& a = b->forward;
+  T* out = (T*)b->grad_hidden;
+  for (int64_t r = 0; r < many; ++r) store_row(sum + r * wide, out + hidden.index[first + r] * a.width, a.width);
+  if (first > 0) return;
+  for (int64_t r = 0; r < a.rows; ++r)
+    if (a.classes.target[r] == a.classes.ignore_index) memset(out + r * a.width, 0, sizeof(T) * (size_t)a.width);
+}
+
+template <class T>
 static int linear_cross_entropy_backward_of(const am_linear_cross_entropy_backward* b, am_parallel with) {
   const am_linear_cross_entropy* a = &b->forward;
   Loss loss(&a->classes, a->rows, a->count);
@@ -192,9 +214,7 @@ static int linear_cross_entropy_backward_of(const am_linear_cross_entropy_backwa
         int64_t classes = a->count - c < PANEL_CLASSES ? a->count - c : PANEL_CLASSES;
         const T* from = (const T*)a->weight + c * a->weight_step;
         float* g = gradient.data + p * tall * PANEL_CLASSES;
-        pack_transposed(from, a->weight_step, classes, width, panel.data);
-        for (int64_t j = up_to(classes, TILE_COLUMNS); j < PANEL_CLASSES; j += TILE_COLUMNS)
-          memset(panel.data + j * width, 0, sizeof(float) * (size_t)(TILE_COLUMNS * width));
+        pack_transposed(from, a->weight_step, classes, PANEL_CLASSES, width, panel.data);
         load_bias<T>(a->bias, c, classes, bias);
         const float* w = a->classes.weight ? a->classes.weight + c : nullptr;
         for (int64_t first = 0; first < rows; first += BLOCK) {
@@ -231,10 +251,8 @@ static int linear_cross_entropy_backward_of(const am_linear_cross_entropy_backwa
               for (int64_t i = 0; i < PANEL_CLASSES; i += TILE_ROWS)
                 multiply_tile(g + k * PANEL_CLASSES + i, 1, PANEL_CLASSES, columns.data + j * tall + k * TILE_COLUMNS,
                               BLOCK, out.data + i * wide + j, wide, k > 0);
-          for (int64_t k = 0; k < classes; ++k) {
-            T* to = (T*)b->grad_weight + (c + k) * width;
-            each_vector(out.data + k * wide, 0, width, 0.0f, [&](F v, int lanes, int64_t i) { put(to + i, v, lanes); });
-          }
+          for (int64_t k = 0; k < classes; ++k)
+            store_row(out.data + k * wide, (T*)b->grad_weight + (c + k) * width, width);
         }
       }
     });
@@ -252,19 +270,187 @@ static int linear_cross_entropy_backward_of(const am_linear_cross_entropy_backwa
       });
   }
   if (b->grad_weight && rows == 0) memset(b->grad_weight, 0, sizeof(T) * (size_t)(a->count * width));
-  if (b->grad_hidden) {
-    int64_t next = 0;
-    for (int64_t r = 0; r < a->rows; ++r) {
-      T* to = (T*)b->grad_hidden + r * width;
-      if (next < rows && hidden.index[next] == r) {
-        const float* from = sum.data + next++ * wide;
-        each_vector(from, 0, width, 0.0f, [&](F v, int lanes, int64_t i) { put(to + i, v, lanes); });
-      } else {
-        memset(to, 0, sizeof(T) * (size_t)width);
+  if (b->grad_hidden) store_hidden(b, hidden, 0, rows, sum.data, wide);
+  return 0;
+}
+
+// Loss and gradients in one go, for reductions to one number: the logits of some rows at a time (all
+// classes) become their gradient in place, so that they are made once and not twice. What is written
+// is the gradient for a loss whose own gradient is 1.
+template <class T>
+static int linear_cross_entropy_gradients_of(const am_linear_cross_entropy_backward* b, am_parallel with) {
+  const am_linear_cross_entropy* a = &b->forward;
+  Loss loss(&a->classes, a->rows, a->count);
+  Hidden<T> hidden;
+  if (!hidden.pack(a, loss, with)) return 1;
+  int64_t rows = hidden.rows, width = a->width, wide = up_to(width, TILE_COLUMNS);
+  int64_t panels = (a->count + PANEL_CLASSES - 1) / PANEL_CLASSES;
+  int64_t most = LOGITS_AT_ONCE / (panels * PANEL_CLASSES);
+  if (most < BLOCK) most = BLOCK;
+  int64_t blocks = (rows + most - 1) / most;
+  int64_t tall = blocks ? up_to((rows + blocks - 1) / blocks, TILE_ROWS) : 0;
+
+  struct Part {
+    Sum sum;
+    double weighted;
+  };
+  bool whole_weight = sizeof(T) == 4 && width == wide;  // then it is summed where it stays
+  Scratch gradient(panels * tall * PANEL_CLASSES), columns(tall * wide), sum(tall * wide);
+  Scratch memory(2 * (a->rows + tall + a->count)), weight_sum;
+  Part* parts = (Part*)malloc(sizeof(Part) * (size_t)(panels * tall + 1));
+  bool ok = gradient.data && columns.data && sum.data && memory.data && parts;
+  if (b->grad_weight && sizeof(T) != 4 && blocks > 1) ok = ok && weight_sum.grow(a->count * width);
+  double *of_rows = (double*)memory.data, *at_target = of_rows + a->rows, *bias_sum = at_target + tall;
+  int failed = ok ? 0 : 1;
+  if (ok)
+    for (int64_t r = 0; r < a->rows; ++r) of_rows[r] = a->lse[r] = 0;
+
+  for (int64_t block = 0; block < blocks && !failed; ++block) {
+    int64_t first = block * tall, many = rows - first < tall ? rows - first : tall;
+    int64_t padded = up_to(many, TILE_ROWS);
+    parallel(with, wide / TILE_COLUMNS, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin * TILE_COLUMNS; j < end * TILE_COLUMNS; j += TILE_COLUMNS) {
+        int64_t columns_here = width - j < TILE_COLUMNS ? width - j : TILE_COLUMNS;
+        float* to = columns.data + j * tall;
+        pack_columns((const T*)a->hidden + j, a->hidden_step, hidden.index + first, many, columns_here, to, 0);
+        memset(to + many * TILE_COLUMNS, 0, sizeof(float) * (size_t)((padded - many) * TILE_COLUMNS));
       }
+    });
+
+    // logits, and of each row the sum over each panel
+    parallel(with, panels, 1, [&](int64_t begin, int64_t end) {
+      Scratch panel(PANEL_CLASSES * width);
+      float bias[PANEL_CLASSES];
+      if (!panel.data) {
+        __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        return;
+      }
+      for (int64_t p = begin; p < end; ++p) {
+        int64_t c = p * PANEL_CLASSES, classes = a->count - c < PANEL_CLASSES ? a->count - c : PANEL_CLASSES;
+        float* g = gradient.data + p * tall * PANEL_CLASSES;
+        pack_transposed((const T*)a->weight + c * a->weight_step, a->weight_step, classes, PANEL_CLASSES, width,
+                        panel.data);
+        load_bias<T>(a->bias, c, classes, bias);
+        for (int64_t at = 0; at < many; at += BLOCK) {
+          int64_t here = many - at < BLOCK ? many - at : BLOCK;
+          make_logits(hidden.packed.data + (first + at) * width, up_to(here, TILE_ROWS), panel.data, width,
+                      g + at * PANEL_CLASSES);
+          for (int64_t r = at; r < at + here; ++r) {
+            float* x = g + r * PANEL_CLASSES;
+            if (a->bias)
+              for (int64_t k = 0; k < classes; ++k) x[k] += bias[k];
+            Part part = {sum_of_row(x, classes), 0};
+            if (loss.smooths()) part.weighted = sum_weighted(x, a->classes.weight ? a->classes.weight + c : nullptr, classes);
+            parts[p * tall + r] = part;
+            int64_t target = a->classes.target[hidden.index[first + r]] - c;
+            if (target >= 0 && target < classes) at_target[r] = x[target];
+          }
+        }
+      }
+    });
+    if (failed) break;
+    parallel(with, many, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        Part part = parts[r];
+        for (int64_t p = 1; p < panels; ++p) {
+          part.sum = add(part.sum, parts[p * tall + r].sum);
+          part.weighted += parts[p * tall + r].weighted;
+        }
+        int64_t row = hidden.index[first + r];
+        double lse = log_of(part.sum);
+        a->lse[row] = lse < INFINITY && lse > -INFINITY ? lse : NAN;
+        of_rows[row] = loss.of(row, a->lse[row], at_target[r], part.weighted);
+      }
+    });
+
+    // the logits become their gradient, and that goes into the weight's
+    parallel(with, panels, 1, [&](int64_t begin, int64_t end) {
+      Scratch out(PANEL_CLASSES * wide);
+      if (!out.data) {
+        __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        return;
+      }
+      for (int64_t p = begin; p < end; ++p) {
+        int64_t c = p * PANEL_CLASSES, classes = a->count - c < PANEL_CLASSES ? a->count - c : PANEL_CLASSES;
+        float* g = gradient.data + p * tall * PANEL_CLASSES;
+        const float* w = a->classes.weight ? a->classes.weight + c : nullptr;
+        for (int64_t r = 0; r < many; ++r) {
+          int64_t row = hidden.index[first + r], target = a->classes.target[row] - c;
+          LossGradient of(loss, row, a->lse[row], 1);
+          float* x = g + r * PANEL_CLASSES;
+          differentiate(x, nullptr, classes, Probability(a->lse[row]), of, w, loss.smooths());
+          if (target >= 0 && target < classes) x[target] = (float)(x[target] - of.at_target);
+        }
+        memset(g + many * PANEL_CLASSES, 0, sizeof(float) * (size_t)((padded - many) * PANEL_CLASSES));
+        if (b->grad_bias) {
+          T* to = (T*)b->grad_bias + c;
+          for (int64_t k = 0; k < classes; ++k) {
+            double s = 0;
+            for (int64_t r = 0; r < many; ++r) s += g[r * PANEL_CLASSES + k];
+            bias_sum[c + k] = block > 0 ? bias_sum[c + k] + s : s;
+            from_float((float)bias_sum[c + k], to + k);
+          }
+        }
+        if (b->grad_weight) {
+          bool direct = whole_weight && classes == PANEL_CLASSES;
+          float* to = direct ? (float*)b->grad_weight + c * width : out.data;
+          for (int64_t k = 0; k < padded; k += BLOCK)
+            for (int64_t j = 0; j < wide; j += TILE_COLUMNS)
+              for (int64_t i = 0; i < PANEL_CLASSES; i += TILE_ROWS)
+                multiply_tile(g + k * PANEL_CLASSES + i, 1, PANEL_CLASSES, columns.data + j * tall + k * TILE_COLUMNS,
+                              padded - k < BLOCK ? padded - k : BLOCK, to + i * wide + j, wide,
+                              k > 0 || (direct && block > 0));
+          if (!direct)
+            for (int64_t k = 0; k < classes; ++k) {
+              float* row = out.data + k * wide;
+              T* final = (T*)b->grad_weight + (c + k) * width;
+              float* kept = sizeof(T) == 4 ? (float*)final : weight_sum.data ? weight_sum.data + (c + k) * width : nullptr;
+              if (block > 0)
+                for (int64_t i = 0; i < width; ++i) row[i] += kept[i];
+              if (kept && block + 1 < blocks)
+                store_row(row, kept, width);
+              else
+                store_row(row, final, width);
+            }
+        }
+      }
+    });
+    if (failed) break;
+
+    // and into the hidden one's: a task takes some columns of it
+    if (b->grad_hidden) {
+      parallel(with, wide / TILE_COLUMNS, 1, [&](int64_t begin, int64_t end) {
+        int64_t from = begin * TILE_COLUMNS, to = end * TILE_COLUMNS < width ? end * TILE_COLUMNS : width;
+        Scratch weight(PANEL_CLASSES * (end - begin) * TILE_COLUMNS);
+        if (!weight.data) {
+          __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+          return;
+        }
+        for (int64_t p = 0; p < panels; ++p) {
+          int64_t c = p * PANEL_CLASSES, classes = a->count - c < PANEL_CLASSES ? a->count - c : PANEL_CLASSES;
+          pack_columns((const T*)a->weight + c * a->weight_step + from, a->weight_step, nullptr, classes, to - from,
+                       weight.data, PANEL_CLASSES * TILE_COLUMNS);
+          for (int64_t j = begin; j < end; ++j) {
+            const float* right = weight.data + (j - begin) * PANEL_CLASSES * TILE_COLUMNS;
+            for (int64_t i = 0; i < padded; i += TILE_ROWS)
+              multiply_tile(gradient.data + (p * tall + i) * PANEL_CLASSES, PANEL_CLASSES, 1, right, classes,
+                            sum.data + i * wide + j * TILE_COLUMNS, wide, p > 0);
+          }
+        }
+      });
+      if (!failed) store_hidden(b, hidden, first, many, sum.data, wide);
     }
   }
-  return 0;
+  if (!failed) {
+    if (rows == 0) {
+      if (b->grad_weight) memset(b->grad_weight, 0, sizeof(T) * (size_t)(a->count * width));
+      if (b->grad_bias) memset(b->grad_bias, 0, sizeof(T) * (size_t)a->count);
+      if (b->grad_hidden) memset(b->grad_hidden, 0, sizeof(T) * (size_t)(a->rows * width));
+    }
+    loss.finish(of_rows, a->rows, a->loss);
+  }
+  free(parts);
+  return failed;
 }
 
 }  // namespace AM_ISA

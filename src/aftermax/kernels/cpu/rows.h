@@ -80,14 +80,18 @@ static Sum sum_pairs(const T* x, int64_t n, float shift) {
       p[k] = a.p;
       exponent[k] = a.n;
     }
-    F top = max(e, tree_max(exponent));
-    for (int k = 0; k < GROUP; ++k) p[k] = scale(p[k], exponent[k] - top);
-    sum = scale(sum, e - top) + widen(tree_sum(p));
-    e = top;
+    F top = tree_max(exponent);
+    if (any_greater(top, e)) {  // seldom, after the first groups
+      top = whole(max(e, top));
+      sum = scale(sum, e - top);
+      e = top;
+    }
+    for (int k = 0; k < GROUP; ++k) p[k] = scale(p[k], exponent[k] - e);
+    sum = sum + widen(tree_sum(p));
   }
   each_vector(x, i, n, -INFINITY, [&](F v, int, int64_t) {
     Pair a = exp_pair(Shift ? v - s : v);
-    F top = max(e, a.n);
+    F top = whole(max(e, a.n));
     sum = scale(sum, e - top) + widen(scale(a.p, a.n - top));
     e = top;
   });

@@ -11,13 +11,13 @@ struct Norm {
   bool shifted;
 
   double log() const { return shifted ? shift + ::log(s) : log_of(Sum{s, e}); }
-  // s in [1, 2), so that 1 / s is a plain number and e the whole exponent
+  // s > 0 and not subnormal becomes s in [1, 2): 1 / s is a plain number and e the whole exponent
   void normalise() {
-    int k = 0;
-    if (s > 0 && s < INFINITY) {
-      s = 2 * frexp(s, &k);
-      e += k - 1;
-    }
+    uint64_t bits;
+    memcpy(&bits, &s, 8);
+    e += (double)(int64_t)(bits >> 52) - 1023;
+    bits = (bits & 0xfffffffffffff) | 0x3ff0000000000000;
+    memcpy(&s, &bits, 8);
   }
 };
 
@@ -153,7 +153,7 @@ struct Softmax {
       // what is stored is scaled by the exponent of the top, so reload keeps it
       if (!reloads()) norm.normalise();
     }
-    split_log(s);
+    if (log) split_log(s);
     return false;
   }
 
@@ -215,27 +215,96 @@ struct Softmax {
   }
 };
 
-// Rows up to a quarter of L2 stay there between the passes, so that the one with a single exp wins;
-// beyond, memory is what counts, and two-pass reads it least.
-static inline am_algorithm chosen(am_algorithm asked, int64_t length) {
-  if (asked != AM_AUTO) return asked;
-  return length * 4 <= am_l2_bytes() / 4 ? AM_THREE_PASS_RELOAD : AM_TWO_PASS;
+// Rows of this many vectors at most stay in registers between the passes of reload.
+constexpr int SHORT = W == 16 ? 8 : 4;
+
+// One such row, of VECTORS vectors, the last one with `last` lanes. False (and nothing written) where
+// it takes the shifted path.
+template <int VECTORS, class T>
+static inline bool short_row(const T* x, T* y, int last) {
+  constexpr int END = VECTORS - 1;
+  F v[VECTORS];
+  for (int k = 0; k < END; ++k) v[k] = load(x + k * W);
+  v[END] = load_lanes(x + END * W, last, -INFINITY);
+  F m = v[0];
+  for (int k = 1; k < VECTORS; ++k) m = max(v[k], m);
+  float top = max_of_lanes(m);
+  if (!(top > LOWEST * 0.9f && top < -LOWEST * 0.9f)) return false;
+  F e = whole(round(set1(top * 0x1.715476p+0f))) - set1(BIAS);
+  F sum[VECTORS];
+  for (int k = 0; k < VECTORS; ++k) {
+    Pair a = exp_pair(v[k]);
+    sum[k] = v[k] = scale(a.p, a.n - e);
+  }
+  for (int step = 1; step < VECTORS; step *= 2)
+    for (int k = 0; k + step < VECTORS; k += 2 * step) sum[k] = sum[k] + sum[k + step];
+  double s = sum_of_lanes(widen(sum[0]));
+  if (!(s > 0)) return false;
+  F factor = set1((float)(1 / s));
+  for (int k = 0; k < END; ++k) store(y + k * W, v[k] * factor);
+  put(y + END * W, v[END] * factor, last);
+  return true;
 }
+
+template <int VECTORS, class T>
+static void short_rows(const Softmax<T>& op, int64_t begin, int64_t end) {
+  int last = (int)(op.shape.length - (VECTORS - 1) * W);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = op.x + offset_of(op.shape, *op.in, row);
+    T* y = op.y + offset_of(op.shape, *op.out, row);
+    if (!short_row<VECTORS>(x, y, last)) {
+      typename Softmax<T>::State state;
+      op.open(state, row);
+      op.write_shifted(state);
+    }
+  }
+}
+
+template <class T>
+static int walk_short(const Softmax<T>& op, am_parallel with) {
+  int vectors = (int)((op.shape.length + W - 1) / W);
+  parallel(with, op.shape.rows, grain_of(op.shape.length), [&](int64_t begin, int64_t end) {
+    switch (vectors) {
+      case 1: return short_rows<1>(op, begin, end);
+      case 2: return short_rows<2>(op, begin, end);
+      case 3: return short_rows<3>(op, begin, end);
+      case 4: return short_rows<4>(op, begin, end);
+      case 5: return short_rows<(SHORT > 4 ? 5 : 1)>(op, begin, end);
+      case 6: return short_rows<(SHORT > 4 ? 6 : 1)>(op, begin, end);
+      case 7: return short_rows<(SHORT > 4 ? 7 : 1)>(op, begin, end);
+      case 8: return short_rows<(SHORT > 4 ? 8 : 1)>(op, begin, end);
+    }
+  });
+  return 0;
+}
+
 // Results larger than half of the last cache will not be found there by whoever reads them next.
 static inline bool streamed(am_store asked, int64_t bytes) {
   if (asked != AM_STORE_AUTO) return asked == AM_STORE_STREAMED;
   return bytes > am_last_level_bytes() / 2;
 }
+// The fastest as measured (docs/kernels.md). Where a row stays in a cache between the passes, the one
+// with a single exp wins: up to a quarter of the last cache, or where the result is streamed, and
+// what is kept between the passes must not push out the row, a sixteenth of L2. Beyond, memory is
+// what counts, and two-pass reads it least. log(softmax) needs no exp in its last pass, so that two
+// passes are the least everywhere.
+static inline am_algorithm chosen(am_algorithm asked, int64_t length, bool log, bool past) {
+  if (asked != AM_AUTO) return asked;
+  if (log) return AM_TWO_PASS;
+  return length * 4 <= (past ? am_l2_bytes() / 16 : am_last_level_bytes() / 4) ? AM_THREE_PASS_RELOAD : AM_TWO_PASS;
+}
 
 template <class T>
 static int softmax_of(const am_softmax* a, am_parallel with) {
   const am_shape& shape = a->shape;
-  am_algorithm algorithm = chosen(a->algorithm, shape.length);
-  if (a->in.stride == 1 && a->out.stride == 1) {
-    bool past = streamed(a->store, shape.rows * shape.length * (int64_t)sizeof(T));
+  bool across = a->in.stride != 1 || a->out.stride != 1;
+  bool past = !across && streamed(a->store, shape.rows * shape.length * (int64_t)sizeof(T));
+  am_algorithm algorithm = chosen(a->algorithm, shape.length, a->log != 0, past);
+  if (!across) {
     Softmax<T> op = {shape,     (const T*)a->in.data, (T*)a->out.data, &a->in,
                      &a->out,   algorithm,            a->empty,        a->log != 0,
                      past};
+    if (a->algorithm == AM_AUTO && !op.log && !past && shape.length <= SHORT * W) return walk_short(op, with);
     return walk(op, with);
   }
   const am_place* inputs[] = {&a->in};

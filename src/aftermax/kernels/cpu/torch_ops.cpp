@@ -354,6 +354,34 @@ void linear_cross_entropy(Value* stack, uint64_t, uint64_t) {
   stack[1] = lse.release();
 }
 
+// The three gradients, those that are wanted; empty tensors stand for the others.
+class LinearGradients {
+ public:
+  LinearGradients(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Value* wants)
+      : hidden_(like(hidden, wants[0])), weight_(like(weight, wants[1])), bias_(like(bias, wants[2])) {
+    for (int i = 0; i < 3; ++i) wants_[i] = truth(wants[i]);
+    wants_[2] = wants_[2] && bias.count > 0;
+  }
+  void into(am_linear_cross_entropy_backward* b) const {
+    b->grad_hidden = wants_[0] ? hidden_.data : nullptr;
+    b->grad_weight = wants_[1] ? weight_.data : nullptr;
+    b->grad_bias = wants_[2] ? bias_.data : nullptr;
+  }
+  void release(Value* stack) {
+    stack[0] = hidden_.release();
+    stack[1] = weight_.release();
+    stack[2] = bias_.release();
+  }
+
+ private:
+  static Tensor like(const Tensor& t, Value wanted) {
+    const int64_t none = 0;
+    return truth(wanted) ? empty_like(t) : empty(1, &none, t.dtype);
+  }
+  Tensor hidden_, weight_, bias_;
+  bool wants_[3];
+};
+
 // (grad, hidden, weight, bias, target, class_weight, lse, options..., wants hidden, weight, bias)
 // -> three gradients, empty where not wanted
 void linear_cross_entropy_backward(Value* stack, uint64_t, uint64_t) {
@@ -364,18 +392,31 @@ void linear_cross_entropy_backward(Value* stack, uint64_t, uint64_t) {
   b.forward.lse = const_cast<double*>(saved_lse(lse, b.forward.rows));
   b.forward.loss = nullptr;
   b.grad = loss_grad(grad, b.forward.classes.reduction, b.forward.rows);
-  const int64_t none = 0;
-  bool wants[] = {truth(stack[11]), truth(stack[12]), truth(stack[13])};
-  Tensor grad_hidden = wants[0] ? empty_like(hidden) : empty(1, &none, hidden.dtype);
-  Tensor grad_weight = wants[1] ? empty_like(weight) : empty(1, &none, hidden.dtype);
-  Tensor grad_bias = wants[2] ? empty_like(bias) : empty(1, &none, hidden.dtype);
-  b.grad_hidden = wants[0] ? grad_hidden.data : nullptr;
-  b.grad_weight = wants[1] ? grad_weight.data : nullptr;
-  b.grad_bias = wants[2] && bias.count > 0 ? grad_bias.data : nullptr;
+  LinearGradients out(hidden, weight, bias, stack + 11);
+  out.into(&b);
   ran(am_body()->linear_cross_entropy_backward(&b, threads()));
-  stack[0] = grad_hidden.release();
-  stack[1] = grad_weight.release();
-  stack[2] = grad_bias.release();
+  out.release(stack);
+}
+
+// (hidden, weight, bias, target, class_weight, options..., wants hidden, weight, bias)
+// -> loss, lse, three gradients for a gradient of 1, empty where not wanted
+void linear_cross_entropy_gradients(Value* stack, uint64_t, uint64_t) {
+  Tensor hidden(stack[0]), weight(stack[1]), bias(stack[2]), target(stack[3]), class_weight(stack[4]);
+  am_linear_cross_entropy_backward b;
+  b.forward = linear(hidden, weight, bias, target, class_weight, stack + 5);
+  if (b.forward.classes.reduction == AM_NONE) fail("gradients in one go need a loss that is one number");
+  int64_t rows = b.forward.rows;
+  Tensor loss = loss_for(b.forward.classes.reduction, rows);
+  Tensor lse = empty(1, &rows, torch.aoti_torch_dtype_float64());
+  b.forward.loss = (float*)loss.data;
+  b.forward.lse = (double*)lse.data;
+  b.grad = nullptr;
+  LinearGradients out(hidden, weight, bias, stack + 9);
+  out.into(&b);
+  ran(am_body()->linear_cross_entropy_gradients(&b, threads()));
+  stack[0] = loss.release();
+  stack[1] = lse.release();
+  out.release(stack + 2);
 }
 
 struct Op {
@@ -384,6 +425,7 @@ struct Op {
 };
 const Op ops[] = {
     {"softmax", softmax},
+    {"softmax_forward", softmax},
     {"softmax_out", softmax_out},
     {"softmax_backward", softmax_backward},
     {"logsumexp", logsumexp},
@@ -392,6 +434,7 @@ const Op ops[] = {
     {"cross_entropy_backward", cross_entropy_backward},
     {"linear_cross_entropy", linear_cross_entropy},
     {"linear_cross_entropy_backward", linear_cross_entropy_backward},
+    {"linear_cross_entropy_gradients", linear_cross_entropy_gradients},
 };
 
 #if defined(__APPLE__)
@@ -402,6 +445,12 @@ constexpr const char* TORCH_LIBRARY_FILE = "libtorch_cpu.so";
 
 }  // namespace
 }  // namespace aftermax
+
+// Reads n floats at x on torch's threads, and where y is not null writes them there past the cache:
+// the bound that benchmarks compare with.
+extern "C" AM_EXPORT void am_memory(const float* x, float* y, int64_t n) {
+  am_body()->memory(x, y, n, aftermax::threads());
+}
 
 // Registers the CPU implementations with the torch whose library file is at `path`, which must be
 // loaded. Returns null, or what went wrong.

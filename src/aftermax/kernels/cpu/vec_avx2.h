@@ -128,6 +128,24 @@ static inline void store_part(T* p, F a, int k) {
   for (int i = 0; i < k; ++i) p[i] = lanes[i];
 }
 
+// v[i] lane k becomes v[k] lane i.
+static inline void transpose(F* v) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(v[i].v, v[i + 1].v);
+    a[i + 1] = _mm256_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+      b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    v[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    v[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+
 static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 static inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 static inline void fence() { _mm_sfence(); }

@@ -24,8 +24,7 @@ static inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // a > b ? a : b, so that NaN in b stays.
 static inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
-static inline F round(F a) { return {_mm512_roundscale_ps(a.v, 8)}; }
-// a 2^n for whole n <= 127; may be 0 from n = -127 on.
+// a 2^n, n rounded down, n <= 127; may be 0 from n = -127 on.
 static inline F scale(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 static inline bool any_greater(F a, F b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
@@ -35,6 +34,19 @@ static inline bool any_greater(F a, F b) {
 static inline F reduce_argument(F x, F n) {
   F t = {_mm512_fnmadd_ps(n.v, _mm512_set1_ps(0x1.62E43p-1f), x.v)};
   return {_mm512_fnmadd_ps(n.v, _mm512_set1_ps(-0x1.05C61p-29f), t.v)};
+}
+
+static inline F round(F a) { return {_mm512_roundscale_ps(a.v, 8)}; }
+
+// For exp.h: up to the next whole number, and 2^(j/16) for j in the last four bits.
+#define AM_TABLE
+static inline F whole(F n) { return {_mm512_roundscale_ps(n.v, 0x0a)}; }
+static inline F look_up_power(F j) {
+  const __m512 powers = _mm512_setr_ps(
+      0x1p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fep+0f, 0x1.3dea64p+0f,
+      0x1.4bfdaep+0f, 0x1.5ab07ep+0f, 0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
+      0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f);
+  return {_mm512_permutexvar_ps(_mm512_castps_si512(j.v), powers)};
 }
 
 static inline float max_of_lanes(F a) { return _mm512_reduce_max_ps(a.v); }
@@ -106,6 +118,31 @@ static inline void store_part(bf16* p, F a, int k) {
 }
 static inline void store_part(f16* p, F a, int k) {
   _mm256_mask_storeu_epi16(p, (__mmask16)((1u << k) - 1), to_f16(a));
+}
+
+// v[i] lane k becomes v[k] lane i.
+static inline void transpose(F* v) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a[i + j]), _mm512_castps_pd(a[i + j + 2])));
+      b[i + 2 * j + 1] =
+          _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a[i + j]), _mm512_castps_pd(a[i + j + 2])));
+    }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    v[i].v = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x88);
+    v[i + 8].v = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+  }
 }
 
 static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }

@@ -106,6 +106,16 @@ static inline void store_part(T* p, F a, int k) {
   for (int i = 0; i < k; ++i) from_float(a.v[i], p + i);
 }
 
+// v[i] lane k becomes v[k] lane i.
+static inline void transpose(F* v) {
+  for (int i = 0; i < W; ++i)
+    for (int k = 0; k < i; ++k) {
+      float t = v[i].v[k];
+      v[i].v[k] = v[k].v[i];
+      v[k].v[i] = t;
+    }
+}
+
 static inline void prefetch(const void* p) {
 #if defined(__GNUC__)
   __builtin_prefetch(p);
