@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 BLOCK_LOGITS = 2**22
@@ -17,6 +18,11 @@ BLOCK_LOGITS = 2**22
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: the kernels know neither."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def softmax(input: Tensor, dim: int, empty: str = "nan") -> Tensor:
@@ -104,7 +110,8 @@ def linear_cross_entropy(
 
     step = max(1, BLOCK_LOGITS // max(1, weight.shape[0]))
     blocks = [
-        checkpoint(block, h, t, use_reentrant=False)
+        # torch.func knows no checkpoints: there the logits of all blocks are kept
+        block(h, t) if transformed() else checkpoint(block, h, t, use_reentrant=False)
         for h, t in zip(hidden.split(step), target.split(step), strict=True)
     ]
     loss, square = (torch.cat(parts) for parts in zip(*blocks, strict=True))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aftermax import kernels, reference
 from aftermax.kernels.ops import ALGORITHMS, EMPTIES
+from aftermax.reference import transformed
 
 IMPLS = ("reference", "cpu", *(f"cpu-{name}" for name in ALGORITHMS[1:]))
 """What `impl=` of the softmaxes may say."""
@@ -163,6 +164,7 @@ def _softmax(
         and input.is_cpu
         and input.layout is torch.strided
         and empty in EMPTIES
+        and not transformed()
         and -input.ndim <= dim < input.ndim
     ):  # the usual call, before the checks that small inputs would pay for
         return _forward(input, dim, log, EMPTIES.index(empty), _AUTO, 0)
@@ -189,7 +191,7 @@ def _softmax(
 def use_kernels(name: str, impl: str | None, impls: Sequence[str], *inputs: Tensor) -> bool:
     """Whether `impl` means the kernels for these inputs; raises where it cannot be had."""
     if impl is None:
-        return kernels.absent() is None and _refusal(inputs) is None
+        return kernels.absent() is None and _refusal(inputs) is None and not transformed()
     if impl not in impls:
         raise ValueError(f"{name}: impl={impl!r} is none of {', '.join(map(repr, impls))}")
     if impl == "reference":
@@ -197,6 +199,8 @@ def use_kernels(name: str, impl: str | None, impls: Sequence[str], *inputs: Tens
     if kernels.absent() is not None:
         raise RuntimeError(f"{name}: impl={impl!r}, but {kernels.absent()}")
     refusal = _refusal(inputs)
+    if refusal is None and transformed():
+        refusal = "the kernels know no torch.func transforms and no forward-mode derivatives"
     if refusal is not None:
         raise RuntimeError(f"{name}: impl={impl!r}, but {refusal}")
     return True

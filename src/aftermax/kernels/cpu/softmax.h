@@ -284,14 +284,17 @@ static inline bool streamed(am_store asked, int64_t bytes) {
   return bytes > am_last_level_bytes() / 2;
 }
 // The fastest as measured (docs/kernels.md). Where a row stays in a cache between the passes, the one
-// with a single exp wins: up to a quarter of the last cache, or where the result is streamed, and
-// what is kept between the passes must not push out the row, a sixteenth of L2. Beyond, memory is
-// what counts, and two-pass reads it least. log(softmax) needs no exp in its last pass, so that two
-// passes are the least everywhere.
+// with a single exp wins: up to a quarter of the last cache. Where the result is streamed, what is kept
+// between the passes goes through L2: up to a half of it, but with sixteen floats at a time an exp is
+// so cheap that for float32 memory takes over from a sixteenth on. Beyond, memory is what counts, and
+// two-pass reads it least. log(softmax) needs no exp in its last pass, so that two passes are the
+// least everywhere.
+template <class T>
 static inline am_algorithm chosen(am_algorithm asked, int64_t length, bool log, bool past) {
   if (asked != AM_AUTO) return asked;
   if (log) return AM_TWO_PASS;
-  return length * 4 <= (past ? am_l2_bytes() / 16 : am_last_level_bytes() / 4) ? AM_THREE_PASS_RELOAD : AM_TWO_PASS;
+  int64_t streamed_limit = am_l2_bytes() / (W == 16 && sizeof(T) == 4 ? 16 : 2);
+  return length * 4 <= (past ? streamed_limit : am_last_level_bytes() / 4) ? AM_THREE_PASS_RELOAD : AM_TWO_PASS;
 }
 
 template <class T>
@@ -299,7 +302,7 @@ static int softmax_of(const am_softmax* a, am_parallel with) {
   const am_shape& shape = a->shape;
   bool across = a->in.stride != 1 || a->out.stride != 1;
   bool past = !across && streamed(a->store, shape.rows * shape.length * (int64_t)sizeof(T));
-  am_algorithm algorithm = chosen(a->algorithm, shape.length, a->log != 0, past);
+  am_algorithm algorithm = chosen<T>(a->algorithm, shape.length, a->log != 0, past);
   if (!across) {
     Softmax<T> op = {shape,     (const T*)a->in.data, (T*)a->out.data, &a->in,
                      &a->out,   algorithm,            a->empty,        a->log != 0,
