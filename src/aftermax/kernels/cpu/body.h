@@ -1,6 +1,7 @@
 // One body: all functions for one instruction set. A .cpp file per set says AM_ISA (the namespace) and
 // AM_NAME, includes its vectors and then this.
 #pragma once
+#include "across.h"
 #include "core.h"
 #include "cross_entropy.h"
 #include "linear_cross_entropy.h"

@@ -46,6 +46,7 @@ struct Hidden {
 
 // logits (rows x PANEL_CLASSES) of `rows` packed rows, from one packed panel of the weight.
 static inline void make_logits(const float* hidden, int64_t rows, const float* panel, int64_t width, float* logits) {
+  if (width == 0) memset(logits, 0, sizeof(float) * (size_t)(rows * PANEL_CLASSES));
   for (int64_t k = 0; k < width; k += DEPTH) {
     int64_t depth = width - k < DEPTH ? width - k : DEPTH;
     for (int64_t j = 0; j < PANEL_CLASSES; j += TILE_COLUMNS)

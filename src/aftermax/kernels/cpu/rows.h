@@ -282,25 +282,54 @@ static void parallel(am_parallel with, int64_t count, int64_t grain, const Body&
 
 static inline int64_t grain_of(int64_t length) { return PIECE / (length > 0 ? length : 1) + 1; }
 
-// Rows that lie across memory are taken this many at a time: a cache line's worth of neighbours.
+// Rows that lie across memory are taken this many at a time: a cache line's worth of neighbours. Fewer
+// where the copies would be more than MOST_COPIED elements.
 constexpr int64_t PANEL = 16;
+constexpr int64_t MOST_COPIED = 1 << 24;
+
+// Where the rows [first, first + count) begin. Returns how many from the first on lie side by side, as
+// far as whole vectors go: those are copied by transposing squares of W x W.
+static inline int64_t starts(const am_shape& shape, const am_place& place, int64_t first, int64_t count, int64_t* at) {
+  int64_t together = 1;
+  for (int64_t r = 0; r < count; ++r) {
+    at[r] = offset_of(shape, place, first + r);
+    if (r == together && at[r] == at[0] + r) ++together;
+  }
+  return together / W * W;
+}
 
 // Copies rows [first, first + count) to `rows` (contiguous, `length` apart), or back.
 template <class T>
 static void gather(const am_shape& shape, const am_place& place, int64_t first, int64_t count, float* rows) {
-  int64_t at[PANEL];
+  int64_t at[PANEL], n = shape.length, squares = n / W * W;
+  int64_t together = starts(shape, place, first, count, at);
   const T* x = (const T*)place.data;
-  for (int64_t r = 0; r < count; ++r) at[r] = offset_of(shape, place, first + r);
-  for (int64_t k = 0; k < shape.length; ++k)
-    for (int64_t r = 0; r < count; ++r) rows[r * shape.length + k] = to_float(x[at[r] + k * place.stride]);
+  for (int64_t k = 0; k < squares; k += W)
+    for (int64_t r = 0; r < together; r += W) {
+      F v[W];
+      for (int i = 0; i < W; ++i) v[i] = load(x + at[r] + (k + i) * place.stride);
+      transpose(v);
+      for (int i = 0; i < W; ++i) store(rows + (r + i) * n + k, v[i]);
+    }
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t r = k < squares ? together : 0; r < count; ++r)
+      rows[r * n + k] = to_float(x[at[r] + k * place.stride]);
 }
 template <class T>
 static void scatter(const am_shape& shape, const am_place& place, int64_t first, int64_t count, const float* rows) {
-  int64_t at[PANEL];
+  int64_t at[PANEL], n = shape.length, squares = n / W * W;
+  int64_t together = starts(shape, place, first, count, at);
   T* y = (T*)place.data;
-  for (int64_t r = 0; r < count; ++r) at[r] = offset_of(shape, place, first + r);
-  for (int64_t k = 0; k < shape.length; ++k)
-    for (int64_t r = 0; r < count; ++r) from_float(rows[r * shape.length + k], y + at[r] + k * place.stride);
+  for (int64_t k = 0; k < squares; k += W)
+    for (int64_t r = 0; r < together; r += W) {
+      F v[W];
+      for (int i = 0; i < W; ++i) v[i] = load(rows + (r + i) * n + k);
+      transpose(v);
+      for (int i = 0; i < W; ++i) store(y + at[r] + (k + i) * place.stride, v[i]);
+    }
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t r = k < squares ? together : 0; r < count; ++r)
+      from_float(rows[r * n + k], y + at[r] + k * place.stride);
 }
 
 static inline am_shape panel_shape(int64_t rows, int64_t length) {
@@ -411,18 +440,20 @@ template <class T, class Make>
 static int walk_across(const am_shape& shape, const am_place* const* inputs, int count, const am_place* output,
                        am_parallel with, const Make& make) {
   int failed = 0;
-  int64_t n = shape.length, panels = (shape.rows + PANEL - 1) / PANEL;
-  parallel(with, panels, grain_of(n * PANEL), [&](int64_t begin, int64_t end) {
+  int64_t n = shape.length, panel_rows = PANEL;
+  while (panel_rows > 1 && (panel_rows / 2 >= shape.rows || n * panel_rows > MOST_COPIED)) panel_rows /= 2;
+  int64_t panels = (shape.rows + panel_rows - 1) / panel_rows;
+  parallel(with, panels, grain_of(n * panel_rows), [&](int64_t begin, int64_t end) {
     Scratch scratch, rows;
-    if (!rows.grow(n * PANEL * count)) {
+    if (!rows.grow(n * panel_rows * count)) {
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
       return;
     }
     for (int64_t panel = begin; panel < end; ++panel) {
-      int64_t first = panel * PANEL;
-      int64_t many = shape.rows - first < PANEL ? shape.rows - first : PANEL;
-      for (int k = 0; k < count; ++k) gather<T>(shape, *inputs[k], first, many, rows.data + k * n * PANEL);
-      am_place places[2] = {panel_place(rows.data, n), panel_place(rows.data + n * PANEL, n)};
+      int64_t first = panel * panel_rows;
+      int64_t many = shape.rows - first < panel_rows ? shape.rows - first : panel_rows;
+      for (int k = 0; k < count; ++k) gather<T>(shape, *inputs[k], first, many, rows.data + k * n * panel_rows);
+      am_place places[2] = {panel_place(rows.data, n), panel_place(rows.data + n * panel_rows, n)};
       auto op = make(places, panel_shape(many, n), first);
       if (!scratch.grow(op.row_scratch())) {
         __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);

@@ -297,6 +297,15 @@ static inline am_algorithm chosen(am_algorithm asked, int64_t length, bool log, 
   return length * 4 <= (past ? streamed_limit : am_last_level_bytes() / 4) ? AM_THREE_PASS_RELOAD : AM_TWO_PASS;
 }
 
+// across.h: rows side by side
+static inline bool side_by_side(const am_shape& shape, const am_place& place);
+template <class T>
+static int softmax_across(const am_softmax* a, am_parallel with);
+template <class T>
+static int logsumexp_across(const am_logsumexp* a, am_parallel with);
+template <class T, bool Log>
+static int softmax_backward_across(const am_softmax_backward* a, am_parallel with);
+
 template <class T>
 static int softmax_of(const am_softmax* a, am_parallel with) {
   const am_shape& shape = a->shape;
@@ -310,6 +319,8 @@ static int softmax_of(const am_softmax* a, am_parallel with) {
     if (a->algorithm == AM_AUTO && !op.log && !past && shape.length <= SHORT * W) return walk_short(op, with);
     return walk(op, with);
   }
+  if (a->algorithm == AM_AUTO && side_by_side(shape, a->in) && side_by_side(shape, a->out))
+    return softmax_across<T>(a, with);
   const am_place* inputs[] = {&a->in};
   return walk_across<T>(shape, inputs, 1, &a->out, with, [&](const am_place* at, const am_shape& panel, int64_t) {
     float* rows = (float*)at->data;
@@ -351,6 +362,8 @@ static int logsumexp_of(const am_logsumexp* a, am_parallel with) {
   int failed;
   if (a->in.stride == 1) {
     failed = walk(LogSumExp<T>{a->shape, (const T*)a->in.data, &a->in, a->lse}, with);
+  } else if (side_by_side(a->shape, a->in)) {
+    failed = logsumexp_across<T>(a, with);
   } else {
     const am_place* inputs[] = {&a->in};
     failed = walk_across<T>(a->shape, inputs, 1, nullptr, with,
@@ -469,6 +482,8 @@ static int softmax_backward_as(const am_softmax_backward* a, am_parallel with) {
                                   &a->grad, &a->result,             &a->out,                  past};
     return walk(op, with);
   }
+  if (side_by_side(a->shape, a->grad) && side_by_side(a->shape, a->result) && side_by_side(a->shape, a->out))
+    return softmax_backward_across<T, Log>(a, with);
   const am_place* inputs[] = {&a->grad, &a->result};
   return walk_across<T>(a->shape, inputs, 2, &a->out, with, [&](const am_place* at, const am_shape& panel, int64_t) {
     float *g = (float*)at[0].data, *y = (float*)at[1].data;

@@ -72,6 +72,13 @@ static inline D scale(D a, F n) {
   return {_mm256_mul_pd(a.lo, power_of_two(_mm256_castps256_ps128(c.v))),
           _mm256_mul_pd(a.hi, power_of_two(_mm256_extractf128_ps(c.v, 1)))};
 }
+static inline F narrow(D a) {
+  return {_mm256_set_m128(_mm256_cvtpd_ps(a.hi), _mm256_cvtpd_ps(a.lo))};
+}
+static inline void store(double* p, D a) {
+  _mm256_storeu_pd(p, a.lo);
+  _mm256_storeu_pd(p + 4, a.hi);
+}
 static inline double sum_of_lanes(D a) {
   __m256d s = _mm256_add_pd(a.lo, a.hi);
   __m128d t = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd(s, 1));

@@ -67,6 +67,14 @@ static inline D scale(D a, F n) {
   D k = widen(n);
   return {_mm512_scalef_pd(a.lo, k.lo), _mm512_scalef_pd(a.hi, k.hi)};
 }
+static inline F narrow(D a) {
+  __m512 lo = _mm512_castps256_ps512(_mm512_cvtpd_ps(a.lo));
+  return {_mm512_insertf32x8(lo, _mm512_cvtpd_ps(a.hi), 1)};
+}
+static inline void store(double* p, D a) {
+  _mm512_storeu_pd(p, a.lo);
+  _mm512_storeu_pd(p + 8, a.hi);
+}
 static inline double sum_of_lanes(D a) { return _mm512_reduce_add_pd(_mm512_add_pd(a.lo, a.hi)); }
 
 static inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }

@@ -89,6 +89,10 @@ static inline D scale(D a, F n) {
   }
   return r;
 }
+static inline F narrow(D a) { AM_LANES((float)a.v[i]); }
+static inline void store(double* p, D a) {
+  for (int i = 0; i < W; ++i) p[i] = a.v[i];
+}
 static inline double sum_of_lanes(D a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 
 template <class T>
