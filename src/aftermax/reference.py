@@ -68,7 +68,7 @@ def cross_entropy(
         counts = torch.ones_like(square) if probabilities else (target != ignore_index)
         square = torch.where(counts != 0, square, 0)
         if reduction == "mean":
-            square = square.sum() / counts.sum()
+            square = square.sum() / counts.sum().to(square.dtype)
         elif reduction == "sum":
             square = square.sum()
         loss = loss + lse_square_scale * square
@@ -122,11 +122,11 @@ def linear_cross_entropy(
     if reduction == "mean":
         counts = target != ignore_index
         if class_weight is None:
-            total = total / counts.sum()
+            total = total / counts.sum().to(total.dtype)
         else:
             # a target that is ignored may be no class at all
             total = total / class_weight[torch.where(counts, target, 0)][counts].sum()
-        squares = squares / counts.sum()
+        squares = squares / counts.sum().to(total.dtype)
     if lse_square_scale:
         total = total + lse_square_scale * squares
     return total.to(out_dtype)

@@ -26,6 +26,8 @@ IMPLS = ("reference", "cpu", *(f"cpu-{name}" for name in ALGORITHMS[1:]))
 
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
+MAX_DIMS = 64
+
 _AUTO = 0
 
 _forward = None if kernels.absent() else torch.ops.aftermax.softmax_forward.default
@@ -105,7 +107,7 @@ def logsumexp(
 
     Args:
         input: as for `softmax`.
-        dim: the dimensions to sum over.
+        dim: the dimensions to sum over; () is all of them.
         keepdim: keep them with size 1.
         out: where the result goes.
         impl: "reference", "cpu" or None.
@@ -117,7 +119,7 @@ def logsumexp(
     tensor([1.3863, 1.3863])
     """
     _check_input("logsumexp", input)
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    dims = (dim,) if isinstance(dim, int) else tuple(dim) or tuple(range(input.ndim))
     for d in dims:
         _check_dim("logsumexp", input, d)
     if not use_kernels("logsumexp", impl, ("reference", "cpu"), input):
@@ -165,7 +167,7 @@ def _softmax(
         and input.layout is torch.strided
         and empty in EMPTIES
         and not transformed()
-        and -input.ndim <= dim < input.ndim
+        and -input.ndim <= dim < input.ndim <= MAX_DIMS
     ):  # the usual call, before the checks that small inputs would pay for
         return _forward(input, dim, log, EMPTIES.index(empty), _AUTO, 0)
     _check_input(name, input, dtype)
@@ -213,6 +215,8 @@ def _refusal(inputs: Sequence[Tensor]) -> str | None:
             return f"the input is on {x.device}, not on the CPU"
         if x.dtype not in KERNEL_DTYPES:
             return f"the kernels take float32, bfloat16 and float16, not {x.dtype}"
+        if x.ndim > MAX_DIMS:
+            return f"the kernels take up to {MAX_DIMS} dimensions, not {x.ndim}"
         if x.layout != torch.strided:
             return f"the kernels take strided tensors, not {x.layout}"
     return None

@@ -71,8 +71,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(found[0]))
     except OSError as error:
         return None, f"{found[0].name} does not load ({error}); the reference runs without"
-    library.am_register.restype = ctypes.c_char_p
-    library.am_isa.restype = ctypes.c_char_p
+    try:
+        library.am_register.restype = library.am_isa.restype = ctypes.c_char_p
+    except AttributeError:
+        return None, f"{found[0]} is no library of aftermax; the reference runs without"
     problem = library.am_register(str(torch_file).encode())
     if problem is not None:
         return None, f"{problem.decode()}; the reference runs without"

@@ -31,9 +31,9 @@ def linear_cross_entropy(
     Where a gradient is wanted and the loss is one number, the kernel makes it together with the
     loss: the logits of some rows at a time, which turn into their gradient where they stand. Three
     products of the size of the logits in all, as in the separate calls, without their memory.
-    Otherwise (no gradient, reduction="none", a second backward pass over a retained graph, inside
-    torch.compile) it walks blocks of classes and makes the logits again in the backward pass. The
-    sums run in an order that does not depend on the number of threads.
+    Otherwise (no gradient, reduction="none", half precision, a second backward pass over a retained
+    graph, inside torch.compile) it walks blocks of classes and makes the logits again in the
+    backward pass. The sums run in an order that does not depend on the number of threads.
 
     Args:
         hidden: (..., D); float32, bfloat16 and float16 run on the kernel (in float32 inside).
@@ -59,7 +59,7 @@ def linear_cross_entropy(
     check_options("linear_cross_entropy", reduction, label_smoothing, lse_square_scale)
     _check_shapes(hidden, weight, target, bias, class_weight)
     given = [t for t in (hidden, weight, bias) if t is not None]
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden.reshape(target.numel(), hidden.shape[-1])
     flat = target.reshape(-1).contiguous()
     if not use_kernels("linear_cross_entropy", impl, IMPLS, *given):
         loss = reference.linear_cross_entropy(
@@ -83,7 +83,8 @@ def linear_cross_entropy(
         )
         options = (ignore_index, label_smoothing, lse_square_scale, REDUCTIONS.index(reduction))
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        if differentiable and reduction != "none" and not torch.compiler.is_compiling():
+        one_go = hidden.dtype == torch.float32 and reduction != "none"
+        if differentiable and one_go and not torch.compiler.is_compiling():
             loss = _WithGradients.apply(*tensors, *options)
         else:
             loss, _ = torch.ops.aftermax.linear_cross_entropy(*tensors, *options)

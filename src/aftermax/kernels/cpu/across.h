@@ -32,7 +32,7 @@ static void each_group(const am_shape& shape, am_parallel with, const Group& gro
 // row. False, with nothing written, where a row holds what the pairs do not.
 template <int VECTORS, class T>
 static bool softmax_side_by_side(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t n, int lanes, bool log,
-                                 double* lse) {
+                                 am_lse* lse) {
   const F low = set1(LOWEST * 0.9f), high = set1(LOWEST * -0.9f);
   F top[VECTORS], e[VECTORS];
   D sum[VECTORS];
@@ -63,7 +63,7 @@ static bool softmax_side_by_side(const T* x, int64_t x_step, T* y, int64_t y_ste
       double of_row = log_of({sums[r], exponents[r]});
       first[r] = (float)of_row;
       second[r] = (float)(of_row - first[r]);
-      if (lse && r < rows) lse[r] = of_row;
+      if (lse && r < rows) lse[r] = {0, of_row};
     } else {
       first[r] = (float)(1 / sums[r]);
     }
@@ -73,7 +73,7 @@ static bool softmax_side_by_side(const T* x, int64_t x_step, T* y, int64_t y_ste
     for (int j = 0; j < VECTORS; ++j) {
       F v = at(k, j), a = load(first + j * W);
       if (log) {
-        v = (v - a) - load(second + j * W);
+        v = min(set1(0), (v - a) - load(second + j * W));
       } else {
         Pair p = exp_pair(v);
         v = scale(p.p, p.n - e[j]) * a;
@@ -132,7 +132,7 @@ static int logsumexp_across(const am_logsumexp* a, am_parallel with) {
       gather<T>(a->shape, a->in, r, 1, row.data);
       Sum sum = {0, 0};
       for (int64_t at = 0; at < n; at += PIECE) sum = add(sum, sum_pairs<false>(row.data + at, n - at < PIECE ? n - at : PIECE, 0));
-      a->lse[r] = ordinary(sum) ? log_of(sum) : shifted_lse(row.data, n);
+      a->lse[r] = lse_of(sum, row.data, n);
     }
   });
   return failed;
@@ -144,7 +144,7 @@ static int softmax_backward_across(const am_softmax_backward* a, am_parallel wit
     const T* grad = (const T*)a->grad.data + offset_of(a->shape, a->grad, first);
     const T* result = (const T*)a->result.data + offset_of(a->shape, a->result, first);
     T* out = (T*)a->out.data + offset_of(a->shape, a->out, first);
-    ProbabilityOf identity{Probability(0)};
+    ProbabilityOf identity{Probability({0, 0})};
     for (int j = 0; j < vectors; ++j, grad += W, result += W, out += W) {
       D sum = zero();
       for (int64_t k = 0; k < a->shape.length; ++k) {

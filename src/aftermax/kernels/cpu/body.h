@@ -30,7 +30,6 @@ AM_BY_DTYPE(linear_cross_entropy, am_linear_cross_entropy)
 #undef AM_DTYPE_OF
 #define AM_DTYPE_OF(a) (a)->forward.dtype
 AM_BY_DTYPE(linear_cross_entropy_backward, am_linear_cross_entropy_backward)
-AM_BY_DTYPE(linear_cross_entropy_gradients, am_linear_cross_entropy_backward)
 #undef AM_DTYPE_OF
 
 // The yardstick of the benchmarks: the loops of the kernels without their arithmetic.

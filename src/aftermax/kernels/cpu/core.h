@@ -40,6 +40,12 @@ typedef enum { AM_MEAN = 0, AM_SUM = 1, AM_NONE = 2 } am_reduction;
 
 enum { AM_MAX_DIMS = 64 };
 
+// A logsumexp as shift + rest. The shift is 0, or the row's maximum where that is so large that its
+// digits would leave none for the rest.
+typedef struct {
+  double shift, rest;
+} am_lse;
+
 // `rows` rows of `length` elements. A row's place is given by the outer dims (sizes, and steps in
 // elements, the last one runs fastest); its elements lie `stride` elements apart.
 typedef struct {
@@ -68,8 +74,8 @@ typedef struct {
   am_shape shape;
   am_place in;
   am_dtype dtype;
-  void* out;  // one value per row, in dtype
-  double* lse;  // the same, not rounded to dtype
+  void* out;    // one value per row, in dtype
+  am_lse* lse;  // the same, not rounded to dtype
 } am_logsumexp;
 
 // in[0] = gradient of the output; in[1] = the output (softmax, log-softmax) or the input (logsumexp)
@@ -87,7 +93,7 @@ typedef struct {
   am_place in, out;
   am_dtype dtype;
   const void* grad;  // one value per row, in dtype
-  const double* lse;
+  const am_lse* lse;
 } am_logsumexp_backward;
 
 // What the classes of a cross-entropy have in common. `weight` may be null.
@@ -105,7 +111,7 @@ typedef struct {
   am_dtype dtype;
   am_classes classes;
   float* loss;  // one value per row (none) or one in all
-  double* lse;  // one per row
+  am_lse* lse;  // one per row
 } am_cross_entropy;
 
 typedef struct {
@@ -114,7 +120,7 @@ typedef struct {
   am_dtype dtype;
   am_classes classes;
   const float* grad;  // one value per row (none) or one in all
-  const double* lse;
+  const am_lse* lse;
 } am_cross_entropy_backward;
 
 // logits = hidden weight^T + bias, never whole. hidden (rows, width), weight (classes, width).
@@ -125,7 +131,7 @@ typedef struct {
   am_dtype dtype;
   am_classes classes;
   float* loss;
-  double* lse;
+  am_lse* lse;
 } am_linear_cross_entropy;
 
 typedef struct {
@@ -147,7 +153,7 @@ typedef struct {
   int (*linear_cross_entropy_backward)(const am_linear_cross_entropy_backward*, am_parallel);
   // what memory can do at best: reads x, and where y is not null writes it there past the cache
   int (*memory)(const float* x, float* y, int64_t n, am_parallel);
-  // loss, lse and gradients in one go: for AM_MEAN and AM_SUM, `grad` is not read (1 is meant)
+  // loss, lse and gradients in one go: for float32, AM_MEAN and AM_SUM; `grad` is not read (1 is meant)
   int (*linear_cross_entropy_gradients)(const am_linear_cross_entropy_backward*, am_parallel);
 } am_body_table;
 

@@ -40,12 +40,14 @@ struct Loss {
   bool smooths() const { return classes->label_smoothing != 0; }
 
   // weighted is sum_k w_k x_k; only looked at where labels are smoothed
-  double of(int64_t row, double lse, double target_logit, double weighted) const {
+  double of(int64_t row, am_lse lse, double target_logit, double weighted) const {
     double w = weight(classes->target[row]);
-    // the square apart: without weights or rows to average over, `scale` may be infinite
-    double loss = (1 - classes->label_smoothing) * w * (lse - target_logit);
-    if (smooths()) loss += smooth * (sum_of_weights * lse - weighted);
-    double square = classes->lse_square_scale != 0 ? classes->lse_square_scale * lse * lse : 0;
+    double hit = (lse.shift - target_logit) + lse.rest;
+    if (hit < 0) hit = 0;  // by rounding alone: no logit is above the logsumexp
+    double loss = (1 - classes->label_smoothing) * w * hit;
+    if (smooths()) loss += smooth * ((sum_of_weights * lse.shift - weighted) + sum_of_weights * lse.rest);
+    double value = value_of(lse);
+    double square = classes->lse_square_scale != 0 ? classes->lse_square_scale * value * value : 0;
     return scale * loss + square_scale * square;
   }
   void finish(const double* of_rows, int64_t rows, float* out) const {
@@ -68,16 +70,21 @@ struct Loss {
 struct LossGradient {
   double of_probability, everywhere, at_target;
 
-  LossGradient(const Loss& loss, int64_t row, double lse, double grad) {
+  LossGradient(const Loss& loss, int64_t row, am_lse lse, double grad) {
     const am_classes& c = *loss.classes;
     double w = loss.weight(c.target[row]);
     double hit = loss.scale * (1 - c.label_smoothing) * w;
     of_probability = grad * (hit + loss.scale * loss.smooth * loss.sum_of_weights);
-    if (c.lse_square_scale != 0) of_probability += grad * loss.square_scale * 2 * c.lse_square_scale * lse;
+    if (c.lse_square_scale != 0) of_probability += grad * loss.square_scale * 2 * c.lse_square_scale * value_of(lse);
     everywhere = loss.smooths() ? grad * loss.scale * loss.smooth : 0;
     at_target = grad * hit;
   }
 };
+
+// torch takes inf - inf here: a row with +inf, or without anything finite, has no loss.
+static inline am_lse finite_or_nan(am_lse lse) {
+  return lse.shift < INFINITY && lse.shift > -INFINITY ? lse : am_lse{0, NAN};
+}
 
 // sum_k w_k x_k; w may be null.
 template <class T>
@@ -98,7 +105,8 @@ struct CrossEntropy {
   const am_place* in;
   const Loss* loss;
   int64_t first;  // the number of this op's row 0
-  double *of_rows, *lse;
+  double* of_rows;
+  am_lse* lse;
 
   struct State {
     const T* x;
@@ -126,11 +134,10 @@ struct CrossEntropy {
   }
   bool close(int, State& s, int64_t row) const {
     row += first;
-    of_rows[row] = lse[row] = 0;
+    of_rows[row] = 0;
+    lse[row] = {0, 0};
     if (loss->ignored(row)) return true;
-    lse[row] = ordinary(s.sum) ? log_of(s.sum) : shifted_lse(s.x, shape.length);
-    // torch takes inf - inf here: a row with +inf, or without anything finite, has no loss
-    if (!(lse[row] < INFINITY && lse[row] > -INFINITY)) lse[row] = NAN;
+    lse[row] = finite_or_nan(lse_of(s.sum, s.x, shape.length));
     of_rows[row] = loss->of(row, lse[row], to_float(s.x[loss->classes->target[row]]), s.weighted);
     return true;
   }
@@ -168,7 +175,7 @@ struct CrossEntropyBackward {
   const Loss* loss;
   int64_t first;
   const float* grad;
-  const double* lse;
+  const am_lse* lse;
   bool streamed;
 
   struct State {
@@ -200,7 +207,7 @@ struct CrossEntropyBackward {
     else
       write<false, false>(s, p, g, at, n);
     if (target >= 0 && target < n) {
-      double exact = exp(logit - lse[row]) * g.of_probability - loss->weight(at + target) * g.everywhere - g.at_target;
+      double exact = exp((logit - lse[row].shift) - lse[row].rest) * g.of_probability - loss->weight(at + target) * g.everywhere - g.at_target;
       from_float((float)exact, s.out + at + target);
     }
     return 0;

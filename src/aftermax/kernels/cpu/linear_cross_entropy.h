@@ -61,15 +61,51 @@ static void load_bias(const void* bias, int64_t from, int64_t count, float* out)
   for (int64_t k = 0; k < count; ++k) out[k] = bias ? to_float(((const T*)bias)[from + k]) : 0.0f;
 }
 
-// The sum of e^x over a piece of a row, whatever the row holds. Where the pairs do not reach, the
-// piece becomes one term: its log is then what counts.
-static inline Sum sum_of_row(const float* x, int64_t n) {
-  Sum sum = sum_pairs<false>(x, n, 0);
-  if (ordinary(sum)) return sum;
-  double lse = shifted_lse(x, n);
-  if (lse == -INFINITY) return {0, 0};
-  double e = lse < INFINITY ? nearbyint(lse * 1.4426950408889634) : 0;
-  return {exp(lse - e * 0.693147180559945309417), e};
+// What is kept of a row: the sum of e^x, as a sum of pairs or where those do not reach as its log, and
+// sum_k w_k x_k where labels are smoothed.
+struct RowSum {
+  Sum sum = {0, 0};
+  am_lse lse = {0, 0};
+  bool far = false;
+  double weighted = 0;
+
+  am_lse log() const { return far ? lse : sum.s == 0 ? am_lse{-INFINITY, 0} : am_lse{0, log_of(sum)}; }
+
+  void add(const RowSum& more) {
+    weighted += more.weighted;
+    if (!far && !more.far) {
+      sum = AM_ISA::add(sum, more.sum);
+      return;
+    }
+    am_lse a = log(), b = more.log();
+    far = true;
+    if (value_of(b) > value_of(a)) {
+      am_lse t = a;
+      a = b;
+      b = t;
+    }
+    double apart = (b.shift - a.shift) + (b.rest - a.rest);  // at most 0, or NaN
+    if (b.shift == -INFINITY && a.shift == a.shift)
+      apart = -INFINITY;
+    lse = a.shift == INFINITY || a.shift == -INFINITY ? a : am_lse{a.shift, a.rest + log1p(exp(apart))};
+    if (apart != apart) lse = {0, NAN};
+  }
+};
+
+static inline RowSum sum_of_row(const float* x, int64_t n, const Loss& loss, const float* w) {
+  RowSum row;
+  row.sum = sum_pairs<false>(x, n, 0);
+  row.far = !ordinary(row.sum);
+  if (row.far) row.lse = shifted_lse(x, n);
+  if (loss.smooths()) row.weighted = sum_weighted(x, w, n);
+  return row;
+}
+
+static inline void clear(double* of_rows, am_lse* lse, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    of_rows[r] = 0;
+    lse[r] = {0, 0};
+  }
 }
 
 template <class T>
@@ -77,13 +113,9 @@ static int linear_cross_entropy_of(const am_linear_cross_entropy* a, am_parallel
   Loss loss(&a->classes, a->rows, a->count);
   Hidden<T> hidden;
   int64_t width = a->width, segments = (a->count + SEGMENT - 1) / SEGMENT;
-  struct Part {
-    Sum sum;
-    double weighted;
-  };
   if (!hidden.pack(a, loss, with)) return 1;
   int64_t rows = hidden.rows;
-  Part* parts = (Part*)malloc(sizeof(Part) * (size_t)(rows * segments + 1));
+  RowSum* parts = (RowSum*)malloc(sizeof(RowSum) * (size_t)(rows * segments + 1));
   Scratch memory;
   int failed = !parts || !memory.grow(2 * (a->rows + rows));
   if (!failed) {
@@ -96,7 +128,7 @@ static int linear_cross_entropy_of(const am_linear_cross_entropy* a, am_parallel
         return;
       }
       for (int64_t segment = begin; segment < end; ++segment) {
-        for (int64_t r = 0; r < rows; ++r) parts[segment * rows + r] = {{0, 0}, 0};
+        for (int64_t r = 0; r < rows; ++r) parts[segment * rows + r] = RowSum();
         int64_t last = (segment + 1) * SEGMENT < a->count ? (segment + 1) * SEGMENT : a->count;
         for (int64_t c = segment * SEGMENT; c < last; c += PANEL_CLASSES) {
           int64_t classes = last - c < PANEL_CLASSES ? last - c : PANEL_CLASSES;
@@ -111,9 +143,7 @@ static int linear_cross_entropy_of(const am_linear_cross_entropy* a, am_parallel
               float* x = logits.data + r * PANEL_CLASSES;
               if (a->bias)
                 for (int64_t k = 0; k < classes; ++k) x[k] += bias[k];
-              Part& part = parts[segment * rows + first + r];
-              part.sum = add(part.sum, sum_of_row(x, classes));
-              if (loss.smooths()) part.weighted += sum_weighted(x, w, classes);
+              parts[segment * rows + first + r].add(sum_of_row(x, classes, loss, w));
               int64_t target = a->classes.target[hidden.index[first + r]] - c;
               if (target >= 0 && target < classes) at_target[first + r] = x[target];
             }
@@ -122,17 +152,13 @@ static int linear_cross_entropy_of(const am_linear_cross_entropy* a, am_parallel
       }
     });
     if (!failed) {
-      for (int64_t r = 0; r < a->rows; ++r) of_rows[r] = a->lse[r] = 0;
+      clear(of_rows, a->lse, a->rows);
       for (int64_t r = 0; r < rows; ++r) {
-        Part part = parts[r];
-        for (int64_t s = 1; s < segments; ++s) {
-          part.sum = add(part.sum, parts[s * rows + r].sum);
-          part.weighted += parts[s * rows + r].weighted;
-        }
+        RowSum whole = parts[r];
+        for (int64_t s = 1; s < segments; ++s) whole.add(parts[s * rows + r]);
         int64_t row = hidden.index[r];
-        double lse = log_of(part.sum);
-        a->lse[row] = lse < INFINITY && lse > -INFINITY ? lse : NAN;
-        of_rows[row] = loss.of(row, a->lse[row], at_target[r], part.weighted);
+        a->lse[row] = finite_or_nan(whole.log());
+        of_rows[row] = loss.of(row, a->lse[row], at_target[r], whole.weighted);
       }
       loss.finish(of_rows, a->rows, a->loss);
     }
@@ -275,14 +301,13 @@ static int linear_cross_entropy_backward_of(const am_linear_cross_entropy_backwa
   return 0;
 }
 
-// Loss and gradients in one go, for reductions to one number: the logits of some rows at a time (all
+// Loss and gradients in one go, for float32 and reductions to one number: the logits of some rows at a time (all
 // classes) become their gradient in place, so that they are made once and not twice. What is written
-// is the gradient for a loss whose own gradient is 1.
-template <class T>
-static int linear_cross_entropy_gradients_of(const am_linear_cross_entropy_backward* b, am_parallel with) {
+// is the gradient for a loss whose own gradient is 1; half precision could lose it before it is scaled.
+static int linear_cross_entropy_gradients(const am_linear_cross_entropy_backward* b, am_parallel with) {
   const am_linear_cross_entropy* a = &b->forward;
   Loss loss(&a->classes, a->rows, a->count);
-  Hidden<T> hidden;
+  Hidden<float> hidden;
   if (!hidden.pack(a, loss, with)) return 1;
   int64_t rows = hidden.rows, width = a->width, wide = up_to(width, TILE_COLUMNS);
   int64_t panels = (a->count + PANEL_CLASSES - 1) / PANEL_CLASSES;
@@ -291,20 +316,13 @@ static int linear_cross_entropy_gradients_of(const am_linear_cross_entropy_backw
   int64_t blocks = (rows + most - 1) / most;
   int64_t tall = blocks ? up_to((rows + blocks - 1) / blocks, TILE_ROWS) : 0;
 
-  struct Part {
-    Sum sum;
-    double weighted;
-  };
-  bool whole_weight = sizeof(T) == 4 && width == wide;  // then it is summed where it stays
   Scratch gradient(panels * tall * PANEL_CLASSES), columns(tall * wide), sum(tall * wide);
-  Scratch memory(2 * (a->rows + tall + a->count)), weight_sum;
-  Part* parts = (Part*)malloc(sizeof(Part) * (size_t)(panels * tall + 1));
+  Scratch memory(2 * (a->rows + tall + a->count));
+  RowSum* parts = (RowSum*)malloc(sizeof(RowSum) * (size_t)(panels * tall + 1));
   bool ok = gradient.data && columns.data && sum.data && memory.data && parts;
-  if (b->grad_weight && sizeof(T) != 4 && blocks > 1) ok = ok && weight_sum.grow(a->count * width);
   double *of_rows = (double*)memory.data, *at_target = of_rows + a->rows, *bias_sum = at_target + tall;
   int failed = ok ? 0 : 1;
-  if (ok)
-    for (int64_t r = 0; r < a->rows; ++r) of_rows[r] = a->lse[r] = 0;
+  if (ok) clear(of_rows, a->lse, a->rows);
 
   for (int64_t block = 0; block < blocks && !failed; ++block) {
     int64_t first = block * tall, many = rows - first < tall ? rows - first : tall;
@@ -313,7 +331,7 @@ static int linear_cross_entropy_gradients_of(const am_linear_cross_entropy_backw
       for (int64_t j = begin * TILE_COLUMNS; j < end * TILE_COLUMNS; j += TILE_COLUMNS) {
         int64_t columns_here = width - j < TILE_COLUMNS ? width - j : TILE_COLUMNS;
         float* to = columns.data + j * tall;
-        pack_columns((const T*)a->hidden + j, a->hidden_step, hidden.index + first, many, columns_here, to, 0);
+        pack_columns((const float*)a->hidden + j, a->hidden_step, hidden.index + first, many, columns_here, to, 0);
         memset(to + many * TILE_COLUMNS, 0, sizeof(float) * (size_t)((padded - many) * TILE_COLUMNS));
       }
     });
@@ -329,9 +347,9 @@ static int linear_cross_entropy_gradients_of(const am_linear_cross_entropy_backw
       for (int64_t p = begin; p < end; ++p) {
         int64_t c = p * PANEL_CLASSES, classes = a->count - c < PANEL_CLASSES ? a->count - c : PANEL_CLASSES;
         float* g = gradient.data + p * tall * PANEL_CLASSES;
-        pack_transposed((const T*)a->weight + c * a->weight_step, a->weight_step, classes, PANEL_CLASSES, width,
+        pack_transposed((const float*)a->weight + c * a->weight_step, a->weight_step, classes, PANEL_CLASSES, width,
                         panel.data);
-        load_bias<T>(a->bias, c, classes, bias);
+        load_bias<float>(a->bias, c, classes, bias);
         for (int64_t at = 0; at < many; at += BLOCK) {
           int64_t here = many - at < BLOCK ? many - at : BLOCK;
           make_logits(hidden.packed.data + (first + at) * width, up_to(here, TILE_ROWS), panel.data, width,
@@ -340,9 +358,7 @@ static int linear_cross_entropy_gradients_of(const am_linear_cross_entropy_backw
             float* x = g + r * PANEL_CLASSES;
             if (a->bias)
               for (int64_t k = 0; k < classes; ++k) x[k] += bias[k];
-            Part part = {sum_of_row(x, classes), 0};
-            if (loss.smooths()) part.weighted = sum_weighted(x, a->classes.weight ? a->classes.weight + c : nullptr, classes);
-            parts[p * tall + r] = part;
+            parts[p * tall + r] = sum_of_row(x, classes, loss, a->classes.weight ? a->classes.weight + c : nullptr);
             int64_t target = a->classes.target[hidden.index[first + r]] - c;
             if (target >= 0 && target < classes) at_target[r] = x[target];
           }
@@ -352,15 +368,11 @@ static int linear_cross_entropy_gradients_of(const am_linear_cross_entropy_backw
     if (failed) break;
     parallel(with, many, 8, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        Part part = parts[r];
-        for (int64_t p = 1; p < panels; ++p) {
-          part.sum = add(part.sum, parts[p * tall + r].sum);
-          part.weighted += parts[p * tall + r].weighted;
-        }
+        RowSum whole = parts[r];
+        for (int64_t p = 1; p < panels; ++p) whole.add(parts[p * tall + r]);
         int64_t row = hidden.index[first + r];
-        double lse = log_of(part.sum);
-        a->lse[row] = lse < INFINITY && lse > -INFINITY ? lse : NAN;
-        of_rows[row] = loss.of(row, a->lse[row], at_target[r], part.weighted);
+        a->lse[row] = finite_or_nan(whole.log());
+        of_rows[row] = loss.of(row, a->lse[row], at_target[r], whole.weighted);
       }
     });
 
@@ -384,35 +396,27 @@ static int linear_cross_entropy_gradients_of(const am_linear_cross_entropy_backw
         }
         memset(g + many * PANEL_CLASSES, 0, sizeof(float) * (size_t)((padded - many) * PANEL_CLASSES));
         if (b->grad_bias) {
-          T* to = (T*)b->grad_bias + c;
           for (int64_t k = 0; k < classes; ++k) {
-            double s = 0;
+            double s = block > 0 ? bias_sum[c + k] : 0;
             for (int64_t r = 0; r < many; ++r) s += g[r * PANEL_CLASSES + k];
-            bias_sum[c + k] = block > 0 ? bias_sum[c + k] + s : s;
-            from_float((float)bias_sum[c + k], to + k);
+            bias_sum[c + k] = s;
+            ((float*)b->grad_bias)[c + k] = (float)s;
           }
         }
         if (b->grad_weight) {
-          bool direct = whole_weight && classes == PANEL_CLASSES;
-          float* to = direct ? (float*)b->grad_weight + c * width : out.data;
+          // summed where it stays, if whole tiles fit there
+          bool direct = width == wide && classes == PANEL_CLASSES;
+          float* weight = (float*)b->grad_weight + c * width;
+          float* to = direct ? weight : out.data;
           for (int64_t k = 0; k < padded; k += BLOCK)
             for (int64_t j = 0; j < wide; j += TILE_COLUMNS)
               for (int64_t i = 0; i < PANEL_CLASSES; i += TILE_ROWS)
                 multiply_tile(g + k * PANEL_CLASSES + i, 1, PANEL_CLASSES, columns.data + j * tall + k * TILE_COLUMNS,
                               padded - k < BLOCK ? padded - k : BLOCK, to + i * wide + j, wide,
                               k > 0 || (direct && block > 0));
-          if (!direct)
-            for (int64_t k = 0; k < classes; ++k) {
-              float* row = out.data + k * wide;
-              T* final = (T*)b->grad_weight + (c + k) * width;
-              float* kept = sizeof(T) == 4 ? (float*)final : weight_sum.data ? weight_sum.data + (c + k) * width : nullptr;
-              if (block > 0)
-                for (int64_t i = 0; i < width; ++i) row[i] += kept[i];
-              if (kept && block + 1 < blocks)
-                store_row(row, kept, width);
-              else
-                store_row(row, final, width);
-            }
+          for (int64_t k = 0; k < classes && !direct; ++k)
+            for (int64_t i = 0; i < width; ++i)
+              weight[k * width + i] = (block > 0 ? weight[k * width + i] : 0) + out.data[k * wide + i];
         }
       }
     });
@@ -429,7 +433,7 @@ static int linear_cross_entropy_gradients_of(const am_linear_cross_entropy_backw
         }
         for (int64_t p = 0; p < panels; ++p) {
           int64_t c = p * PANEL_CLASSES, classes = a->count - c < PANEL_CLASSES ? a->count - c : PANEL_CLASSES;
-          pack_columns((const T*)a->weight + c * a->weight_step + from, a->weight_step, nullptr, classes, to - from,
+          pack_columns((const float*)a->weight + c * a->weight_step + from, a->weight_step, nullptr, classes, to - from,
                        weight.data, PANEL_CLASSES * TILE_COLUMNS);
           for (int64_t j = begin; j < end; ++j) {
             const float* right = weight.data + (j - begin) * PANEL_CLASSES * TILE_COLUMNS;
@@ -444,9 +448,9 @@ static int linear_cross_entropy_gradients_of(const am_linear_cross_entropy_backw
   }
   if (!failed) {
     if (rows == 0) {
-      if (b->grad_weight) memset(b->grad_weight, 0, sizeof(T) * (size_t)(a->count * width));
-      if (b->grad_bias) memset(b->grad_bias, 0, sizeof(T) * (size_t)a->count);
-      if (b->grad_hidden) memset(b->grad_hidden, 0, sizeof(T) * (size_t)(a->rows * width));
+      if (b->grad_weight) memset(b->grad_weight, 0, sizeof(float) * (size_t)(a->count * width));
+      if (b->grad_bias) memset(b->grad_bias, 0, sizeof(float) * (size_t)a->count);
+      if (b->grad_hidden) memset(b->grad_hidden, 0, sizeof(float) * (size_t)(a->rows * width));
     }
     loss.finish(of_rows, a->rows, a->loss);
   }

@@ -213,13 +213,13 @@ static void write_exp(const T* x, T* y, int64_t n, float shift, float exponent, 
   });
 }
 
-// y = (x - a) - b
+// y = (x - a) - b, but at most 0: no logarithm of a probability is above, but by rounding.
 template <bool Stream, class T>
 static void write_difference(const T* x, T* y, int64_t n, float a, float b) {
   F va = set1(a), vb = set1(b);
   write_row<Stream>(y, n, [&](int64_t i, int lanes) {
     if (lanes == W) prefetch((const char*)(x + i) + AHEAD);
-    return (load_lanes(x + i, lanes, 0) - va) - vb;
+    return min(set1(0), (load_lanes(x + i, lanes, 0) - va) - vb);
   });
 }
 
@@ -260,7 +260,7 @@ struct Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { free(data); }
   bool grow(int64_t floats) {
-    if (floats <= size) return true;
+    if (data && floats <= size) return true;
     free(data);
     data = nullptr;
     size = 0;

@@ -44,16 +44,21 @@ static Norm shifted_norm(const T* x, int64_t n) {
 
 // The log of the sum of e^x; +inf where there is one and no NaN.
 template <class T>
-static double shifted_lse(const T* x, int64_t n) {
+static am_lse shifted_lse(const T* x, int64_t n) {
   Norm norm = shifted_norm(x, n);
-  if (norm.s == 0) return -INFINITY;
+  if (norm.s == 0) return {-INFINITY, 0};
   if (norm.shift == INFINITY) {
     for (int64_t i = 0; i < n; ++i)
-      if (to_float(x[i]) != to_float(x[i])) return NAN;
-    return INFINITY;
+      if (to_float(x[i]) != to_float(x[i])) return {0, NAN};
+    return {INFINITY, 0};
   }
-  return norm.log();
+  return {norm.shift, ::log(norm.s)};
 }
+template <class T>
+static am_lse lse_of(Sum sum, const T* x, int64_t n) {
+  return ordinary(sum) ? am_lse{0, log_of(sum)} : shifted_lse(x, n);
+}
+static inline double value_of(am_lse lse) { return lse.shift + lse.rest; }
 
 template <class T>
 struct Softmax {
@@ -333,7 +338,7 @@ struct LogSumExp {
   am_shape shape;
   const T* x;
   const am_place* in;
-  double* lse;
+  am_lse* lse;
 
   struct State {
     const T* x;
@@ -352,7 +357,7 @@ struct LogSumExp {
   }
   void merge(int, State& s, const Part& p) const { s.sum = add(s.sum, p); }
   bool close(int, State& s, int64_t row) const {
-    lse[row] = ordinary(s.sum) ? log_of(s.sum) : shifted_lse(s.x, shape.length);
+    lse[row] = lse_of(s.sum, s.x, shape.length);
     return true;
   }
 };
@@ -372,7 +377,7 @@ static int logsumexp_of(const am_logsumexp* a, am_parallel with) {
                             });
   }
   if (!failed)
-    for (int64_t r = 0; r < a->shape.rows; ++r) from_float((float)a->lse[r], (T*)a->out + r);
+    for (int64_t r = 0; r < a->shape.rows; ++r) from_float((float)value_of(a->lse[r]), (T*)a->out + r);
   return failed;
 }
 
@@ -383,13 +388,10 @@ struct Probability {
   float exponent, factor, shift;
   bool shifted;
 
-  explicit Probability(double lse) {
-    double e = nearbyint(lse * 1.4426950408889634);
-    shifted = !(e < EXPONENT_LIMIT && e > -EXPONENT_LIMIT);
-    shift = (float)lse;
-    exponent = shifted ? 0 : (float)e;
-    factor = shifted ? (float)exp(shift - lse) : (float)exp(e * 0.693147180559945309417 - lse);
-    if (shifted && !(lse < INFINITY && lse > -INFINITY)) factor = 1;
+  explicit Probability(am_lse lse) : shift((float)lse.shift), shifted(lse.shift != 0) {
+    double e = shifted ? 0 : nearbyint(lse.rest * 1.4426950408889634);
+    exponent = (float)e;
+    factor = (float)exp(e * 0.693147180559945309417 - lse.rest);
   }
 };
 
@@ -466,7 +468,7 @@ struct SoftmaxBackward {
   void write(const State& s, int64_t at, int64_t n) const {
     const T *g = s.grad + at, *y = s.y + at;
     F sum = set1((float)s.sum);
-    ProbabilityOf identity{Probability(0)};
+    ProbabilityOf identity{Probability({0, 0})};
     write_row<Stream>(s.out + at, n, [&](int64_t i, int lanes) {
       F vg = load_lanes(g + i, lanes, 0), vy = load_lanes(y + i, lanes, 0);
       return Log ? vg - identity.of<false>(vy) * sum : vy * (vg - sum);
@@ -503,7 +505,7 @@ struct LogSumExpBackward {
   T* out;
   const am_place *in_at, *out_at;
   const float* grad;
-  const double* lse;
+  const am_lse* lse;
   bool streamed;
 
   struct State {

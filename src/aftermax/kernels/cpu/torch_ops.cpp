@@ -28,8 +28,15 @@ void check(int32_t error, const char* what) {
 // A tensor that this file owns.
 class Tensor {
  public:
-  explicit Tensor(Value v) : handle_(reinterpret_cast<Handle>(v)) { look(); }
-  explicit Tensor(Handle h) : handle_(h) { look(); }
+  explicit Tensor(Value v) : Tensor(reinterpret_cast<Handle>(v)) {}
+  explicit Tensor(Handle h) : handle_(h) {
+    try {
+      look();
+    } catch (...) {
+      torch.aoti_torch_delete_tensor_object(handle_);
+      throw;
+    }
+  }
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
   ~Tensor() {
@@ -77,6 +84,7 @@ class Tensor {
     check(torch.aoti_torch_get_sizes(handle_, &sizes), "tell a tensor's sizes");
     check(torch.aoti_torch_get_strides(handle_, &strides), "tell a tensor's strides");
     check(torch.aoti_torch_get_dtype(handle_, &dtype), "tell a tensor's dtype");
+    if (dim > AM_MAX_DIMS) fail("a tensor of more than 64 dimensions");
     for (int64_t d = 0; d < dim; ++d) count *= sizes[d];
   }
   Handle handle_;
@@ -225,18 +233,30 @@ void softmax_backward(Value* stack, uint64_t, uint64_t) {
   stack[0] = out.release();
 }
 
-// (input, dim) -> logsumexp over dim, the same in float64
+// am_lse of the rows as a float64 tensor (rows, 2).
+Tensor empty_lse(int64_t rows) {
+  const int64_t sizes[] = {rows, 2};
+  return empty(2, sizes, torch.aoti_torch_dtype_float64());
+}
+const am_lse* saved_lse(const Tensor& lse, int64_t rows) {
+  if (!lse.is(torch.aoti_torch_dtype_float64()) || !lse.contiguous() || lse.count != 2 * rows) fail("lse does not fit");
+  return (const am_lse*)lse.data;
+}
+
+// (input, dim) -> logsumexp over dim, the same as am_lse
 void logsumexp(Value* stack, uint64_t, uint64_t) {
   Tensor in(stack[0]);
   int64_t dim = wrapped(integer(stack[1]), in.dim), sizes[AM_MAX_DIMS], dims = 0;
   for (int64_t d = 0; d < in.dim; ++d)
     if (d != dim) sizes[dims++] = in.sizes[d];
-  Tensor out = empty(dims, sizes, in.dtype), lse = empty(dims, sizes, torch.aoti_torch_dtype_float64());
+  int64_t rows = 1;
+  for (int64_t d = 0; d < dims; ++d) rows *= sizes[d];
+  Tensor out = empty(dims, sizes, in.dtype), lse = empty_lse(rows);
   am_logsumexp a;
   a.dtype = dtype_of(in);
   rows_of({&in}, {&a.in}, dim, &a.shape);
   a.out = out.data;
-  a.lse = (double*)lse.data;
+  a.lse = (am_lse*)lse.data;
   if (out.count > 0) ran(am_body()->logsumexp(&a, threads()));
   stack[0] = out.release();
   stack[1] = lse.release();
@@ -249,10 +269,8 @@ void logsumexp_backward(Value* stack, uint64_t, uint64_t) {
   a.dtype = dtype_of(in);
   rows_of({&in, &out}, {&a.in, &a.out}, wrapped(integer(stack[3]), in.dim), &a.shape);
   if (!grad.is(in.dtype) || !grad.contiguous() || grad.count != a.shape.rows) fail("grad does not fit the input");
-  if (!lse.is(torch.aoti_torch_dtype_float64()) || !lse.contiguous() || lse.count != a.shape.rows)
-    fail("lse does not fit the input");
   a.grad = grad.data;
-  a.lse = (const double*)lse.data;
+  a.lse = saved_lse(lse, a.shape.rows);
   if (in.count > 0) ran(am_body()->logsumexp_backward(&a, threads()));
   stack[0] = out.release();
 }
@@ -285,10 +303,6 @@ const float* loss_grad(const Tensor& grad, am_reduction reduction, int64_t rows)
     fail("grad does not fit the loss");
   return (const float*)grad.data;
 }
-const double* saved_lse(const Tensor& lse, int64_t rows) {
-  if (!lse.is(torch.aoti_torch_dtype_float64()) || !lse.contiguous() || lse.count != rows) fail("lse does not fit");
-  return (const double*)lse.data;
-}
 
 // (logits, target, weight, dim, options...) -> loss, lse
 void cross_entropy(Value* stack, uint64_t, uint64_t) {
@@ -298,9 +312,9 @@ void cross_entropy(Value* stack, uint64_t, uint64_t) {
   rows_of({&logits}, {&a.logits}, wrapped(integer(stack[3]), logits.dim), &a.shape);
   a.classes = classes_of(target, weight, stack + 4, a.shape.rows, a.shape.length);
   Tensor loss = loss_for(a.classes.reduction, a.shape.rows);
-  Tensor lse = empty(1, &a.shape.rows, torch.aoti_torch_dtype_float64());
+  Tensor lse = empty_lse(a.shape.rows);
   a.loss = (float*)loss.data;
-  a.lse = (double*)lse.data;
+  a.lse = (am_lse*)lse.data;
   ran(am_body()->cross_entropy(&a, threads()));
   stack[0] = loss.release();
   stack[1] = lse.release();
@@ -346,9 +360,9 @@ void linear_cross_entropy(Value* stack, uint64_t, uint64_t) {
   Tensor hidden(stack[0]), weight(stack[1]), bias(stack[2]), target(stack[3]), class_weight(stack[4]);
   am_linear_cross_entropy a = linear(hidden, weight, bias, target, class_weight, stack + 5);
   Tensor loss = loss_for(a.classes.reduction, a.rows);
-  Tensor lse = empty(1, &a.rows, torch.aoti_torch_dtype_float64());
+  Tensor lse = empty_lse(a.rows);
   a.loss = (float*)loss.data;
-  a.lse = (double*)lse.data;
+  a.lse = (am_lse*)lse.data;
   ran(am_body()->linear_cross_entropy(&a, threads()));
   stack[0] = loss.release();
   stack[1] = lse.release();
@@ -389,7 +403,7 @@ void linear_cross_entropy_backward(Value* stack, uint64_t, uint64_t) {
   Tensor lse(stack[6]);
   am_linear_cross_entropy_backward b;
   b.forward = linear(hidden, weight, bias, target, class_weight, stack + 7);
-  b.forward.lse = const_cast<double*>(saved_lse(lse, b.forward.rows));
+  b.forward.lse = const_cast<am_lse*>(saved_lse(lse, b.forward.rows));
   b.forward.loss = nullptr;
   b.grad = loss_grad(grad, b.forward.classes.reduction, b.forward.rows);
   LinearGradients out(hidden, weight, bias, stack + 11);
@@ -404,12 +418,13 @@ void linear_cross_entropy_gradients(Value* stack, uint64_t, uint64_t) {
   Tensor hidden(stack[0]), weight(stack[1]), bias(stack[2]), target(stack[3]), class_weight(stack[4]);
   am_linear_cross_entropy_backward b;
   b.forward = linear(hidden, weight, bias, target, class_weight, stack + 5);
-  if (b.forward.classes.reduction == AM_NONE) fail("gradients in one go need a loss that is one number");
+  if (b.forward.classes.reduction == AM_NONE || b.forward.dtype != AM_FLOAT32)
+    fail("gradients in one go are for float32 and a loss that is one number");
   int64_t rows = b.forward.rows;
   Tensor loss = loss_for(b.forward.classes.reduction, rows);
-  Tensor lse = empty(1, &rows, torch.aoti_torch_dtype_float64());
+  Tensor lse = empty_lse(rows);
   b.forward.loss = (float*)loss.data;
-  b.forward.lse = (double*)lse.data;
+  b.forward.lse = (am_lse*)lse.data;
   b.grad = nullptr;
   LinearGradients out(hidden, weight, bias, stack + 9);
   out.into(&b);

@@ -22,7 +22,8 @@ static inline F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
 static inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
 static inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
 static inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-// a > b ? a : b, so that NaN in b stays.
+// a < b ? a : b and a > b ? a : b, so that NaN in b stays.
+static inline F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
 static inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
 static inline F round(F a) { return {_mm256_round_ps(a.v, 8)}; }
 static inline bool any_greater(F a, F b) {

@@ -22,7 +22,8 @@ static inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-// a > b ? a : b, so that NaN in b stays.
+// a < b ? a : b and a > b ? a : b, so that NaN in b stays.
+static inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 // a 2^n, n rounded down, n <= 127; may be 0 from n = -127 on.
 static inline F scale(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }

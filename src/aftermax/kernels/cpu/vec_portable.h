@@ -28,7 +28,8 @@ static inline F operator-(F a, F b) { AM_LANES(a.v[i] - b.v[i]); }
 static inline F operator*(F a, F b) { AM_LANES(a.v[i] * b.v[i]); }
 // Rounded twice here: the baseline has no fused instruction.
 static inline F fma(F a, F b, F c) { AM_LANES(a.v[i] * b.v[i] + c.v[i]); }
-// a > b ? a : b, so that NaN in b stays.
+// a < b ? a : b and a > b ? a : b, so that NaN in b stays.
+static inline F min(F a, F b) { AM_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 static inline F max(F a, F b) { AM_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 // To the nearest whole number, for |a| < 2^22: adding 3 2^22 leaves no bits for a fraction.
 static inline F round(F a) { AM_LANES((a.v[i] + 0x1.8p23f) - 0x1.8p23f); }
