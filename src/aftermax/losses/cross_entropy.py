@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,7 +74,8 @@ def cross_entropy(
             lse_square_scale=lse_square_scale,
             reduction=reduction,
         )
-    loss, _ = torch.ops.aftermax.cross_entropy(
+    loss, _ = call(
+        torch.ops.aftermax.cross_entropy.default,
         input,
         target.contiguous(),
         class_weights(weight, input),
@@ -107,6 +111,18 @@ def _soft_target(
     elif reduction == "sum":
         rows = rows.sum()
     return rows.to(input.dtype)
+
+
+def call(op: Callable[..., Any], *inputs: Any) -> Any:
+    """The operator's result; a target that is no class raises IndexError, as in torch."""
+    if torch.compiler.is_compiling():
+        return op(*inputs)
+    try:
+        return op(*inputs)
+    except RuntimeError as error:
+        if "is out of bounds" not in str(error):
+            raise
+        raise IndexError(str(error).split("\n")[0]) from None
 
 
 def check_options(

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from aftermax import reference
 from aftermax.kernels.ops import REDUCTIONS, linear_gradients
-from aftermax.losses.cross_entropy import IMPLS, check_options, check_targets, class_weights
+from aftermax.losses.cross_entropy import (
+    IMPLS,
+    call,
+    check_options,
+    check_targets,
+    class_weights,
+)
 from aftermax.rows import use_kernels
 
 
@@ -87,7 +93,8 @@ def linear_cross_entropy(
         if differentiable and one_go and not torch.compiler.is_compiling():
             loss = _WithGradients.apply(*tensors, *options)
         else:
-            loss, _ = torch.ops.aftermax.linear_cross_entropy(*tensors, *options)
+            op = torch.ops.aftermax.linear_cross_entropy.default
+            loss, _ = call(op, *tensors, *options)
     if reduction == "none":
         loss = loss.reshape(target.shape)
     return loss.to(hidden.dtype)
@@ -100,9 +107,8 @@ class _WithGradients(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         tensors, ctx.options = inputs[:5], list(inputs[5:])
         wanted = ctx.needs_input_grad[:3]
-        loss, lse, *ctx.gradients = torch.ops.aftermax.linear_cross_entropy_gradients(
-            *tensors, *ctx.options, *wanted
-        )
+        op = torch.ops.aftermax.linear_cross_entropy_gradients.default
+        loss, lse, *ctx.gradients = call(op, *tensors, *ctx.options, *wanted)
         ctx.save_for_backward(*tensors, lse)
         return loss
 

@@ -39,7 +39,7 @@ static int memory(const float* x, float* y, int64_t n, am_parallel with) {
     for (int64_t at = begin * PIECE; at < end * PIECE && at < n; at += PIECE) {
       int64_t many = n - at < PIECE ? n - at : PIECE;
       if (y)
-        write_difference<true>(x + at, y + at, many, 0, 0);
+        write_scaled<true>(x + at, y + at, many, 1);
       else if (max_of(x + at, many) == INFINITY)
         __atomic_store_n(&infinite, 1, __ATOMIC_RELAXED);  // so that the read has a use
     }
