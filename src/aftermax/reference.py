@@ -64,14 +64,14 @@ def cross_entropy(
         reduction=reduction,
     )
     if lse_square_scale:
-        square = x.logsumexp(1 if x.ndim > 1 else 0).square()
+        square = lse_square_scale * x.logsumexp(1 if x.ndim > 1 else 0).square()
         counts = torch.ones_like(square) if probabilities else (target != ignore_index)
         square = torch.where(counts != 0, square, 0)
         if reduction == "mean":
             square = square.sum() / counts.sum().to(square.dtype)
         elif reduction == "sum":
             square = square.sum()
-        loss = loss + lse_square_scale * square
+        loss = loss + square
     return loss.to(logits.dtype)
 
 
@@ -105,7 +105,7 @@ def linear_cross_entropy(
         )
         if not lse_square_scale:
             return loss, torch.zeros_like(loss)
-        square = logits.logsumexp(1).square()
+        square = lse_square_scale * logits.logsumexp(1).square()
         return loss, torch.where(target != ignore_index, square, 0)
 
     step = max(1, BLOCK_LOGITS // max(1, weight.shape[0]))
@@ -116,7 +116,7 @@ def linear_cross_entropy(
     ]
     loss, square = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     if reduction == "none":
-        return (loss + lse_square_scale * square).to(out_dtype)
+        return (loss + square).to(out_dtype)
     total = loss.sum()
     squares = square.sum()
     if reduction == "mean":
@@ -128,5 +128,5 @@ def linear_cross_entropy(
             total = total / class_weight[torch.where(counts, target, 0)][counts].sum()
         squares = squares / counts.sum().to(total.dtype)
     if lse_square_scale:
-        total = total + lse_square_scale * squares
+        total = total + squares
     return total.to(out_dtype)
