@@ -25,7 +25,7 @@ test-sanitize: .venv/dev.done  ## the kernels under AddressSanitizer and Undefin
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 		-DCMAKE_BUILD_TYPE=Debug -DAFTERMAX_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
-	$(BIN)/python tests/sanitized.py build/sanitize/lib/libaftermax.so
+	$(BIN)/python tests/sanitized.py build/sanitize
 
 kernels: $(LIBRARY)       ## build the native library into the source tree
 

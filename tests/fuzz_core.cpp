@@ -1,0 +1,954 @@
+// Random calls of the plain C core, held against naive loops in double: no torch, no Python.
+//
+//   fuzz_core [rounds] [first]      rounds first, first + 1, ...; each one depends on its number alone
+//
+// Every array ends (or begins) where its memory does, at a page that may not be touched; what lies
+// around it and between its elements is watched. Each call runs serially and on several threads,
+// which must give the same bits.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core.h"
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(from, size) ((void)(from), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(from, size) ((void)(from), (void)(size))
+#endif
+
+namespace {
+
+std::string what;  // the call that runs
+
+// What is left to say when the process dies of a signal or a sanitizer.
+void last_words() {
+  ssize_t written = ::write(STDOUT_FILENO, what.data(), what.size());
+  written = ::write(STDOUT_FILENO, "\n", 1);
+  (void)written;
+}
+[[maybe_unused]] void die(int signal) {
+  last_words();
+  std::signal(signal, SIG_DFL);
+  raise(signal);
+}
+
+int problems = 0;
+struct Stop {};
+
+void complain(const std::string& problem) {
+  printf("%s\n  %s\n", what.c_str(), problem.c_str());
+  fflush(stdout);
+  ++problems;
+}
+[[noreturn]] void fail(const std::string& problem) {
+  complain(problem);
+  throw Stop();
+}
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string text(const char* format, ...) {
+  char out[400];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(out, sizeof out, format, arguments);
+  va_end(arguments);
+  return out;
+}
+
+// ---- chance ------------------------------------------------------------------------------------
+
+std::mt19937_64 chance;
+
+int64_t below(int64_t n) { return (int64_t)(chance() % (uint64_t)n); }
+int64_t between(int64_t low, int64_t high) { return low + below(high - low + 1); }
+bool one_in(int64_t n) { return below(n) == 0; }
+double uniform() { return (double)(chance() >> 11) * 0x1p-53; }
+double normal() { return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform()); }
+template <class T>
+T pick(std::initializer_list<T> from) {
+  return from.begin()[below((int64_t)from.size())];
+}
+
+// ---- the formats -------------------------------------------------------------------------------
+
+struct Format {
+  const char* name;
+  int bytes, digits, lowest, highest;  // digits of the fraction with its leading one; exponents
+};
+const Format FORMATS[] = {
+    {"float32", 4, 24, -126, 127}, {"bfloat16", 2, 8, -126, 127}, {"float16", 2, 11, -14, 15}};
+const Format DOUBLE = {"float64", 8, 53, -1022, 1023};
+
+double rounded(double x, const Format& f) {
+  if (x == 0 || !std::isfinite(x)) return x;
+  double quantum = std::ldexp(1, std::max(std::ilogb(x), f.lowest) - f.digits + 1);
+  double r = std::nearbyint(x / quantum) * quantum;
+  return f.highest < 1023 && std::fabs(r) >= std::ldexp(1, f.highest + 1) ? std::copysign(INFINITY, x) : r;
+}
+
+double read(const void* from, const Format& f) {
+  if (f.bytes == 8) {
+    double d;
+    memcpy(&d, from, 8);
+    return d;
+  }
+  if (f.bytes == 4) {
+    float a;
+    memcpy(&a, from, 4);
+    return a;
+  }
+  uint16_t u;
+  memcpy(&u, from, 2);
+  int fraction = f.digits - 1, exponent = u >> fraction & ((1 << (15 - fraction)) - 1);
+  double part = u & ((1 << fraction) - 1), sign = u & 0x8000 ? -1 : 1;
+  if (exponent == (1 << (15 - fraction)) - 1) return part != 0 ? NAN : sign * INFINITY;
+  if (exponent != 0) part += 1 << fraction;
+  return sign * std::ldexp(part, std::max(exponent, 1) + f.lowest - 1 - fraction);
+}
+
+// x is a number of the format.
+void write(double x, void* to, const Format& f) {
+  if (f.bytes == 8) {
+    memcpy(to, &x, 8);
+  } else if (f.bytes == 4) {
+    float a = (float)x;
+    memcpy(to, &a, 4);
+  } else {
+    int fraction = f.digits - 1, top = (1 << (15 - fraction)) - 1;
+    uint16_t u = std::signbit(x) ? 0x8000 : 0;
+    double a = std::fabs(x);
+    if (x != x) {
+      u |= (uint16_t)(top << fraction | 1 << (fraction - 1));
+    } else if (std::isinf(x)) {
+      u |= (uint16_t)(top << fraction);
+    } else if (a != 0) {
+      int e = std::max(std::ilogb(a), f.lowest);
+      auto digits = (int64_t)std::ldexp(a, fraction - e);
+      u = (uint16_t)(u + ((e - f.lowest) << fraction) + digits);  // the leading one adds to the exponent
+    }
+    memcpy(to, &u, 2);
+  }
+}
+
+// Whether `got`, rounded to the format, may stand for a number within `error` of `want`.
+bool fits(double got, double want, double error, const Format& f) {
+  if (want != want) return got != got;
+  if (std::isinf(want)) return got == want;
+  return got >= rounded(want - error, f) && got <= rounded(want + error, f);
+}
+
+// ---- memory ------------------------------------------------------------------------------------
+
+// Bytes with a page on either side that may not be touched, lying against one of the two.
+class Block {
+ public:
+  Block(int64_t bytes, int fill) : bytes_(bytes) {
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    room_ = (bytes + page - 1) / page * page + page;
+    base_ = (char*)mmap(nullptr, (size_t)(room_ + 2 * page), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base_ == MAP_FAILED) fail("no memory");
+    mprotect(base_, (size_t)page, PROT_NONE);
+    mprotect(base_ + page + room_, (size_t)page, PROT_NONE);
+    whole_ = room_ + 2 * page;
+    inside_ = base_ + page;
+    data = one_in(4) ? inside_ : inside_ + room_ - bytes;
+    memset(inside_, AROUND, (size_t)room_);
+    memset(data, fill, (size_t)bytes);
+    ASAN_POISON_MEMORY_REGION(inside_, (size_t)(data - inside_));
+    ASAN_POISON_MEMORY_REGION(data + bytes, (size_t)(inside_ + room_ - data - bytes));
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() {
+    ASAN_UNPOISON_MEMORY_REGION(inside_, (size_t)room_);
+    for (char* p = inside_; p < inside_ + room_; ++p)
+      if ((p < data || p >= data + bytes_) && *p != AROUND) {
+        complain("something was written beside an array");
+        break;
+      }
+    munmap(base_, (size_t)whole_);
+  }
+  std::vector<char> copy() const { return std::vector<char>(data, data + bytes_); }
+  void restore(const std::vector<char>& from) { std::copy(from.begin(), from.end(), data); }
+
+  char* data;
+
+ private:
+  static constexpr char AROUND = 0x5a;
+  int64_t bytes_, room_, whole_;
+  char *base_, *inside_;
+};
+
+// A plain row of numbers.
+template <class T>
+struct Array : Block {
+  explicit Array(int64_t n) : Block(n * (int64_t)sizeof(T), 0xff), size(n) {}
+  T* begin() { return (T*)data; }
+  T& operator[](int64_t i) { return ((T*)data)[i]; }
+  int64_t size;
+};
+
+// Where rows lie: their steps, and the room that they take.
+struct Layout {
+  am_place place;
+  int64_t room;
+};
+
+Layout layout(const am_shape& shape, bool repeats) {
+  int order[AM_MAX_DIMS + 1], dims = shape.dims + 1;
+  for (int d = 0; d < dims; ++d) order[d] = d;  // dims - 1 is the row itself
+  bool shuffled = one_in(3);
+  if (shuffled) std::shuffle(order, order + dims, chance);
+  Layout out;
+  memset(&out.place, 0, sizeof out.place);
+  int64_t step = one_in(8) ? between(2, 5) : 1;
+  out.room = 1;
+  bool none = false;
+  for (int i = dims - 1; i >= 0; --i) {
+    int d = order[i];
+    int64_t size = d == dims - 1 ? shape.length : shape.size[d];
+    int64_t here = repeats && one_in(12) ? 0 : step;
+    (d == dims - 1 ? out.place.stride : out.place.step[d]) = here;
+    none = none || size == 0;
+    if (here == 0 || size == 0) continue;
+    out.room += (size - 1) * here;
+    step = size * here + (one_in(4) ? between(0, 20) : 0);
+  }
+  if (none) out.room = 0;
+  return out;
+}
+
+int64_t offset(const am_shape& shape, const am_place& place, int64_t row, int64_t k) {
+  int64_t at = k * place.stride;
+  for (int d = shape.dims - 1; d >= 0; --d) {
+    at += row % shape.size[d] * place.step[d];
+    row /= shape.size[d];
+  }
+  return at;
+}
+
+// Rows in memory. What lies between them is NaN, and stays as it is.
+struct Rows {
+  const am_shape& shape;
+  const Format& format;
+  Layout where;
+  Block block;
+
+  Rows(const am_shape& s, const Format& f, const Layout& l) : shape(s), format(f), where(l), block(l.room * f.bytes, 0xff) {
+    where.place.data = block.data;
+  }
+  void* at(int64_t row, int64_t k) const { return block.data + offset(shape, where.place, row, k) * format.bytes; }
+  double get(int64_t row, int64_t k) const { return read(at(row, k), format); }
+  void set(int64_t row, int64_t k, double x) { write(rounded(x, format), at(row, k), format); }
+  std::vector<double> row(int64_t r) const {
+    std::vector<double> out((size_t)shape.length);
+    for (int64_t k = 0; k < shape.length; ++k) out[(size_t)k] = get(r, k);
+    return out;
+  }
+  void check_between() const {
+    std::vector<char> left = block.copy();
+    for (int64_t r = 0; r < shape.rows; ++r)
+      for (int64_t k = 0; k < shape.length; ++k)
+        memset(left.data() + ((char*)at(r, k) - block.data), 0xff, (size_t)format.bytes);
+    for (char c : left)
+      if (c != (char)0xff) fail("something was written between the elements");
+  }
+};
+
+int64_t some_length() {
+  switch (below(12)) {
+    case 0: return between(1, 4);
+    case 1: return pick<int64_t>({8, 16, 32, 64, 128, 256, 512}) + between(-2, 2);
+    case 2: return between(1000, 5000);
+    case 3: return one_in(3) ? 32768 * between(1, 3) + between(-40, 40) : between(1, 700);
+    default: return between(1, 300);
+  }
+}
+
+am_shape some_shape() {
+  am_shape s;
+  memset(&s, 0, sizeof s);
+  s.length = some_length();
+  s.dims = (int32_t)below(4);
+  s.rows = 1;
+  int64_t most = s.length > 20000 ? 3 : s.length > 700 ? 9 : 40;
+  for (int d = 0; d < s.dims; ++d) {
+    s.size[d] = between(1, std::max<int64_t>(1, most / s.rows));
+    s.rows *= s.size[d];
+  }
+  return s;
+}
+
+// One row of values, of every kind that the kernels tell apart.
+void fill_row(Rows& x, int64_t row, bool special) {
+  static const double scales[] = {0, 1e-3, 1, 1, 3, 10, 30, 100, 1e3, 2e4, 1e6, 1e30};
+  static const double centres[] = {0, 0, 0, 0, 5, -50, 88, -104, 700, -1.2e5, 1.22e5, -1.31e5, 1.3e5, 2e6, -1e9};
+  double scale = scales[below(special ? 12 : 8)], centre = centres[below(special ? 15 : 9)];
+  for (int64_t k = 0; k < x.shape.length; ++k) x.set(row, k, centre + scale * normal());
+  if (!special) return;
+  int64_t n = x.shape.length;
+  double odd = pick<double>({NAN, INFINITY, -INFINITY, -INFINITY, 3e38, -3e38, 1e-41, -0.0, 65504, -65504});
+  switch (below(6)) {
+    case 0: x.set(row, below(n), odd); break;
+    case 1:
+      for (int64_t k = 0; k < n; ++k)
+        if (one_in(3)) x.set(row, k, odd);
+      break;
+    case 2:
+      if (one_in(3))
+        for (int64_t k = 0; k < n; ++k) x.set(row, k, odd);
+      if (one_in(2)) x.set(row, below(n), pick<double>({NAN, INFINITY, 0, 1}));
+      break;
+    default: break;
+  }
+}
+void fill(Rows& x, bool special) {
+  for (int64_t r = 0; r < x.shape.rows; ++r) fill_row(x, r, special);
+}
+
+// ---- threads -----------------------------------------------------------------------------------
+
+void run_serially(int64_t count, int64_t, am_task task, void* context) { task(0, count, context); }
+
+int threads_now = 1;
+void run_on_threads(int64_t count, int64_t grain, am_task task, void* context) {
+  int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads_now, count / std::max<int64_t>(grain, 1)));
+  std::vector<std::thread> running;
+  for (int64_t i = 0; i < parts; ++i)
+    running.emplace_back(task, count * i / parts, count * (i + 1) / parts, context);
+  for (std::thread& t : running) t.join();
+}
+
+// Runs the call serially and on threads; `written` must come out the same.
+template <class Call>
+void run(std::initializer_list<Block*> written, Call call) {
+  std::vector<std::vector<char>> before, serial;
+  for (Block* b : written) before.push_back(b->copy());
+  if (call({run_serially, 1}) != 0) fail("no memory, it says");
+  for (Block* b : written) serial.push_back(b->copy());
+  size_t i = 0;
+  for (Block* b : written) b->restore(before[i++]);
+  threads_now = (int)between(2, 5);
+  if (call({run_on_threads, threads_now}) != 0) fail("no memory, it says");
+  i = 0;
+  for (Block* b : written)
+    if (b->copy() != serial[i++]) fail(text("%d threads give another result than one", threads_now));
+}
+
+// ---- what is right -----------------------------------------------------------------------------
+
+constexpr double ULP = 0x1p-23, TINY = 0x1p-148;
+// Error of a sum or a quotient of exponentials, relative; and of the log of one, absolute.
+constexpr double RELATIVE = 6 * ULP, OF_LOG = 6 * ULP;
+
+struct Lse {
+  double top = -INFINITY, sum = 0, rest = 0, value;
+  bool nan = false;
+  explicit Lse(const std::vector<double>& x) {
+    for (double v : x) {
+      nan = nan || v != v;
+      top = std::max(top, v == v ? v : -INFINITY);
+    }
+    if (std::isfinite(top))
+      for (double v : x) sum += std::exp(v - top);
+    rest = std::log(sum);
+    value = nan ? NAN : std::isinf(top) ? top : top + rest;
+  }
+  double below(double x) const { return (x - top) - rest; }
+  bool finite() const { return std::isfinite(value); }
+  // Beyond the reach of the pairs the maximum is subtracted, and the difference rounded.
+  bool shifted() const { return std::fabs(value) > 1.1e5; }
+};
+double value(const am_lse& lse) { return lse.shift + lse.rest; }
+double below(double x, const am_lse& lse) { return (x - lse.shift) - lse.rest; }
+// The relative error of e^d that rounding d costs.
+double of_difference(double d) { return std::min(std::fabs(d), 150.0) * ULP; }
+
+void check(double got, double want, double error, const Format& f, const char* name, int64_t row, int64_t k) {
+  if (!fits(got, want, error, f))
+    fail(text("%s[%lld, %lld] is %.9g, not %.9g within %.2g", name, (long long)row, (long long)k, got, want, error));
+}
+
+std::string describe(const am_shape& s, const am_place& p) {
+  std::string out = text("length %lld (step %lld), rows", (long long)s.length, (long long)p.stride);
+  for (int d = 0; d < s.dims; ++d) out += text(" %lld (step %lld)", (long long)s.size[d], (long long)p.step[d]);
+  return out;
+}
+
+void try_softmax(const am_body_table* body) {
+  am_softmax a;
+  memset(&a, 0, sizeof a);
+  a.shape = some_shape();
+  a.dtype = (am_dtype)below(3);
+  a.algorithm = (am_algorithm)below(5);
+  a.store = (am_store)below(3);
+  a.empty = (am_empty)below(2);
+  a.log = (int32_t)below(2);
+  const Format& f = FORMATS[a.dtype];
+  bool inplace = one_in(4);
+  Rows in(a.shape, f, layout(a.shape, !inplace)), apart(a.shape, f, layout(a.shape, false));
+  Rows& out = inplace ? in : apart;
+  fill(in, true);
+  a.in = in.where.place;
+  a.out = out.where.place;
+  what += text("softmax: %s, log %d, algorithm %d, store %d, empty %d%s\n  in: ", f.name, a.log, a.algorithm, a.store,
+               a.empty, inplace ? ", in place" : "") +
+          describe(a.shape, a.in) + "\n  out: " + describe(a.shape, a.out);
+  std::vector<std::vector<double>> x;
+  for (int64_t r = 0; r < a.shape.rows; ++r) x.push_back(in.row(r));
+  run({&out.block}, [&](am_parallel with) { return body->softmax(&a, with); });
+  out.check_between();
+  for (int64_t r = 0; r < a.shape.rows; ++r) {
+    const std::vector<double>& v = x[(size_t)r];
+    Lse lse(v);
+    bool shifts = a.algorithm == AM_ONLINE || lse.shifted() || std::fabs(lse.top) > 1.1e5;
+    for (int64_t k = 0; k < a.shape.length; ++k) {
+      double want = NAN, error = 0, d = v[(size_t)k] - lse.top;
+      if (lse.value == -INFINITY) {
+        want = a.empty == AM_EMPTY_NAN ? NAN : a.log ? -INFINITY : 0;
+      } else if (lse.finite() && a.log) {
+        want = lse.below(v[(size_t)k]);
+        error = OF_LOG + 2 * ULP * std::fabs(want);
+      } else if (lse.finite()) {
+        want = std::exp(d) / lse.sum;
+        error = want * (RELATIVE + (shifts ? of_difference(d) + 2 * ULP : 0)) + TINY;
+      }
+      check(out.get(r, k), want, error, f, "out", r, k);
+    }
+  }
+}
+
+void try_softmax_backward(const am_body_table* body) {
+  am_softmax_backward a;
+  memset(&a, 0, sizeof a);
+  a.shape = some_shape();
+  a.dtype = (am_dtype)below(3);
+  a.of = (am_backward_of)below(2);
+  const Format& f = FORMATS[a.dtype];
+  Rows grad(a.shape, f, layout(a.shape, true)), result(a.shape, f, layout(a.shape, true)),
+      out(a.shape, f, layout(a.shape, false));
+  for (int64_t r = 0; r < a.shape.rows; ++r)
+    for (int64_t k = 0; k < a.shape.length; ++k) {
+      grad.set(r, k, normal());
+      double y = -10 * uniform();
+      result.set(r, k, a.of == AM_OF_SOFTMAX ? std::exp(y) : y);
+    }
+  a.grad = grad.where.place;
+  a.result = result.where.place;
+  a.out = out.where.place;
+  what += text("softmax_backward: %s, of %d\n  grad: ", f.name, a.of) + describe(a.shape, a.grad) +
+          "\n  result: " + describe(a.shape, a.result) + "\n  out: " + describe(a.shape, a.out);
+  run({&out.block}, [&](am_parallel with) { return body->softmax_backward(&a, with); });
+  out.check_between();
+  for (int64_t r = 0; r < a.shape.rows; ++r) {
+    double sum = 0, size = 0;
+    for (int64_t k = 0; k < a.shape.length; ++k) {
+      double term = grad.get(r, k) * (a.of == AM_OF_SOFTMAX ? result.get(r, k) : 1);
+      sum += term;
+      size += std::fabs(term);
+    }
+    for (int64_t k = 0; k < a.shape.length; ++k) {
+      double g = grad.get(r, k), y = result.get(r, k);
+      double want = a.of == AM_OF_SOFTMAX ? y * (g - sum) : g - std::exp(y) * sum;
+      double parts = a.of == AM_OF_SOFTMAX ? y * (std::fabs(g) + size) : std::fabs(g) + std::exp(y) * size;
+      check(out.get(r, k), want, parts * RELATIVE + TINY, f, "out", r, k);
+    }
+  }
+}
+
+void try_logsumexp(const am_body_table* body) {
+  am_logsumexp a;
+  memset(&a, 0, sizeof a);
+  a.shape = some_shape();
+  if (one_in(30)) a.shape.length = 0;
+  a.dtype = (am_dtype)below(3);
+  const Format& f = FORMATS[a.dtype];
+  Rows in(a.shape, f, layout(a.shape, true));
+  if (a.shape.length > 0) fill(in, true);
+  Block out(a.shape.rows * f.bytes, 0xff);
+  Array<am_lse> lse(a.shape.rows);
+  a.in = in.where.place;
+  a.out = out.data;
+  a.lse = lse.begin();
+  what += text("logsumexp: %s\n  in: ", f.name) + describe(a.shape, a.in);
+  run({&out, &lse}, [&](am_parallel with) { return body->logsumexp(&a, with); });
+  for (int64_t r = 0; r < a.shape.rows; ++r) {
+    Lse want(in.row(r));
+    double error = OF_LOG + 2 * ULP * std::fabs(want.value);
+    check(read(out.data + r * f.bytes, f), want.value, error, f, "out", r, 0);
+    check(value(lse[r]), want.value, OF_LOG + 1e-12 * std::fabs(want.value), DOUBLE, "lse", r, 0);
+  }
+}
+
+void try_logsumexp_backward(const am_body_table* body) {
+  am_logsumexp_backward a;
+  memset(&a, 0, sizeof a);
+  a.shape = some_shape();
+  a.dtype = (am_dtype)below(3);
+  const Format& f = FORMATS[a.dtype];
+  Rows in(a.shape, f, layout(a.shape, true)), out(a.shape, f, layout(a.shape, false));
+  fill(in, true);
+  Block grad(a.shape.rows * f.bytes, 0xff);
+  Array<am_lse> lse(a.shape.rows);
+  for (int64_t r = 0; r < a.shape.rows; ++r) {
+    write(rounded(normal(), f), grad.data + r * f.bytes, f);
+  }
+  Block rounded_lse(a.shape.rows * f.bytes, 0xff);
+  am_logsumexp forward = {a.shape, in.where.place, a.dtype, rounded_lse.data, lse.begin()};
+  if (body->logsumexp(&forward, {run_serially, 1}) != 0) fail("no memory, it says");
+  a.in = in.where.place;
+  a.out = out.where.place;
+  a.grad = grad.data;
+  a.lse = lse.begin();
+  what += text("logsumexp_backward: %s\n  in: ", f.name) + describe(a.shape, a.in) +
+          "\n  out: " + describe(a.shape, a.out);
+  run({&out.block}, [&](am_parallel with) { return body->logsumexp_backward(&a, with); });
+  out.check_between();
+  for (int64_t r = 0; r < a.shape.rows; ++r) {
+    Lse of(in.row(r));
+    if (!of.finite()) continue;
+    double g = read(grad.data + r * f.bytes, f);
+    for (int64_t k = 0; k < a.shape.length; ++k) {
+      double d = of.below(in.get(r, k)), want = g * std::exp(d);
+      double error = std::fabs(want) * (RELATIVE + (of.shifted() ? of_difference(d) : 0));
+      check(out.get(r, k), want, error + TINY * (1 + std::fabs(g)), f, "out", r, k);
+    }
+  }
+}
+
+// ---- cross-entropy -----------------------------------------------------------------------------
+
+// Targets, weights and options, and the loss of rows of logits as the formula of the kernels says.
+struct Classes {
+  int64_t rows, count;
+  Array<int64_t> target;
+  Array<float> weight;
+  am_classes c;
+
+  Classes(int64_t rows, int64_t count) : rows(rows), count(count), target(rows), weight(count) {
+    memset(&c, 0, sizeof c);
+    c.ignore_index = pick<int64_t>({-100, 0, count - 1, 1 << 20});
+    int64_t often = pick<int64_t>({1, 3, 1 << 20, 1 << 20});  // 1: all rows are ignored
+    for (int64_t r = 0; r < rows; ++r) target[r] = one_in(often) || count == 0 ? c.ignore_index : below(count);
+    for (int64_t k = 0; k < count; ++k) weight[k] = one_in(5) ? 0 : (float)(2 * uniform());
+    c.target = target.begin();
+    c.weight = one_in(2) && count > 0 ? weight.begin() : nullptr;
+    c.label_smoothing = pick({0.0, 0.0, 0.1, 1.0});
+    c.lse_square_scale = pick({0.0, 0.0, 1e-2});
+    c.reduction = (am_reduction)below(3);
+  }
+  bool counts(int64_t r) { return target[r] != c.ignore_index; }
+  bool smooths() const { return c.label_smoothing != 0; }
+  double of(int64_t k) { return c.weight ? weight[k] : 1; }
+  double smooth() const { return count ? c.label_smoothing / (double)count : 0; }
+  double all() {
+    double sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += of(k);
+    return sum;
+  }
+  // What the reduction multiplies the two parts of the loss with.
+  void scales(double* scale, double* square) {
+    *scale = *square = 1;
+    if (c.reduction != AM_MEAN) return;
+    double weights = 0, many = 0;
+    for (int64_t r = 0; r < rows; ++r)
+      if (counts(r)) {
+        weights += of(target[r]);
+        many += 1;
+      }
+    *scale = 1 / weights;
+    *square = 1 / many;
+  }
+  std::string describe() const {
+    return text("smoothing %g, square %g, reduction %d, weights %d, ignored %lld", c.label_smoothing, c.lse_square_scale,
+                c.reduction, c.weight != nullptr, (long long)c.ignore_index);
+  }
+
+  // logits(row) gives a row; of_logit is the error of each of its numbers.
+  template <class Logits>
+  void check_loss(const Logits& logits, Array<float>& loss, Array<am_lse>& saved, double of_logit) {
+    double scale, square, total = 0, error = 0;
+    scales(&scale, &square);
+    bool any = false;
+    for (int64_t r = 0; r < rows; ++r) {
+      double here = 0, of_here = 0, want_lse = 0;
+      if (counts(r)) {
+        any = true;
+        std::vector<double> x = logits(r);
+        Lse lse(x);
+        double l = want_lse = lse.finite() ? lse.value : NAN, w = (1 - c.label_smoothing) * of(target[r]);
+        double weighted = 0, size = 0;
+        for (int64_t k = 0; k < count && smooths(); ++k) {
+          weighted += of(k) * x[(size_t)k];
+          size += std::fabs(of(k) * x[(size_t)k]);
+        }
+        here = -scale * w * lse.below(x[(size_t)target[r]]);
+        if (!lse.finite()) here = NAN;
+        if (smooths()) here += scale * smooth() * (all() * l - weighted);
+        if (c.lse_square_scale != 0) here += square * c.lse_square_scale * l * l;
+        of_here = scale * (w + smooth() * all()) * (OF_LOG + 2 * of_logit) + scale * smooth() * size * ULP +
+                  square * c.lse_square_scale * (2 * std::fabs(l) + of_logit) * (OF_LOG + of_logit) +
+                  scale * w * (std::fabs(l) + std::fabs(x[(size_t)target[r]])) * 1e-12;
+        if (smooths() && !lse.finite()) return;  // torch and we differ in which of NaN and infinity
+      }
+      check(value(saved[r]), want_lse, OF_LOG + of_logit + 1e-12 * std::fabs(want_lse), DOUBLE, "lse", r, 0);
+      if (c.reduction == AM_NONE) check(loss[r], here, of_here + ULP * std::fabs(here), FORMATS[0], "loss", r, 0);
+      total += here;
+      error += of_here;
+    }
+    if (c.reduction == AM_NONE) return;
+    if (c.reduction == AM_MEAN && !any) total = NAN;
+    check(loss[0], total, error + ULP * std::fabs(total), FORMATS[0], "loss", 0, 0);
+  }
+
+  // The gradient of the loss at each logit of a row, and its error.
+  void gradient(int64_t r, const std::vector<double>& x, const am_lse& lse, double grad, double of_logit,
+                std::vector<double>* out, std::vector<double>* error) {
+    out->assign((size_t)count, 0);
+    error->assign((size_t)count, 0);
+    if (!counts(r)) return;
+    double scale, square;
+    scales(&scale, &square);
+    double hit = grad * scale * (1 - c.label_smoothing) * of(target[r]);
+    double spread = grad * scale * smooth() * all();
+    double squared = c.lse_square_scale != 0 ? grad * square * 2 * c.lse_square_scale * value(lse) : 0;
+    for (int64_t k = 0; k < count; ++k) {
+      double d = below(x[(size_t)k], lse), p = std::exp(d), share = smooths() ? of(k) * grad * scale * smooth() : 0;
+      double h = k == target[r] ? hit : 0;
+      (*out)[(size_t)k] = p * (hit + spread + squared) - share - h;
+      double size = std::fabs(hit) + std::fabs(spread) + std::fabs(squared);
+      (*error)[(size_t)k] = p * size * (RELATIVE + 2 * of_logit + (std::fabs(value(lse)) > 1.1e5 ? of_difference(d) : 0)) +
+                            (std::fabs(share) + std::fabs(h)) * 2 * ULP + TINY * (1 + size);
+    }
+  }
+};
+
+void try_cross_entropy(const am_body_table* body) {
+  am_cross_entropy a;
+  memset(&a, 0, sizeof a);
+  a.shape = some_shape();
+  if (one_in(40)) {
+    a.shape.dims = 1;
+    a.shape.rows = a.shape.size[0] = 0;
+  }
+  a.dtype = (am_dtype)below(3);
+  const Format& f = FORMATS[a.dtype];
+  Classes classes(a.shape.rows, a.shape.length);
+  bool repeats = one_in(4);
+  Rows logits(a.shape, f, layout(a.shape, repeats));
+  bool special = one_in(3);
+  for (int64_t r = 0; r < a.shape.rows; ++r)
+    if (classes.counts(r) || repeats) fill_row(logits, r, special);  // else it stays NaN
+  Array<float> loss(classes.c.reduction == AM_NONE ? a.shape.rows : 1);
+  Array<am_lse> lse(a.shape.rows);
+  a.logits = logits.where.place;
+  a.classes = classes.c;
+  a.loss = loss.begin();
+  a.lse = lse.begin();
+  const std::string before = what;
+  what += text("cross_entropy: %s, %s\n  logits: ", f.name, classes.describe().c_str()) + describe(a.shape, a.logits);
+  run({&loss, &lse}, [&](am_parallel with) { return body->cross_entropy(&a, with); });
+  double scale, square;
+  classes.scales(&scale, &square);
+  if (std::isfinite(scale)) classes.check_loss([&](int64_t r) { return logits.row(r); }, loss, lse, 0);
+  if (a.shape.rows == 0) return;
+
+  am_cross_entropy_backward b;
+  memset(&b, 0, sizeof b);
+  b.shape = a.shape;
+  b.dtype = a.dtype;
+  bool inplace = !repeats && one_in(4);
+  Rows apart(a.shape, f, layout(a.shape, false));
+  Rows& out = inplace ? logits : apart;
+  Array<float> grad(loss.size);
+  for (int64_t r = 0; r < grad.size; ++r) grad[r] = (float)normal();
+  b.logits = logits.where.place;
+  b.out = out.where.place;
+  b.classes = classes.c;
+  b.grad = grad.begin();
+  b.lse = lse.begin();
+  what = before + text("cross_entropy_backward: %s, %s%s\n  logits: ", f.name, classes.describe().c_str(),
+                       inplace ? ", in place" : "") +
+         describe(b.shape, b.logits) + "\n  out: " + describe(b.shape, b.out);
+  std::vector<std::vector<double>> x;
+  for (int64_t r = 0; r < b.shape.rows; ++r) x.push_back(logits.row(r));
+  run({&out.block}, [&](am_parallel with) { return body->cross_entropy_backward(&b, with); });
+  out.check_between();
+  std::vector<double> want, error;
+  for (int64_t r = 0; r < b.shape.rows; ++r) {
+    if (!std::isfinite(value(lse[r])) || !std::isfinite(scale)) continue;
+    classes.gradient(r, x[(size_t)r], lse[r], grad[classes.c.reduction == AM_NONE ? r : 0], 0, &want, &error);
+    for (int64_t k = 0; k < b.shape.length; ++k)
+      check(out.get(r, k), want[(size_t)k], error[(size_t)k], f, "out", r, k);
+  }
+}
+
+// With e^x = 1 everywhere the gradient beside the target is `grad`, rounded to the format: ties, subnormal
+// numbers and overflow show here.
+void try_rounding(const am_body_table* body) {
+  am_cross_entropy_backward a;
+  memset(&a, 0, sizeof a);
+  a.shape.dims = 1;
+  a.shape.rows = a.shape.size[0] = between(1, 60);
+  a.shape.length = between(2, 50);
+  a.dtype = (am_dtype)below(3);
+  const Format& f = FORMATS[a.dtype];
+  Rows logits(a.shape, f, layout(a.shape, true)), out(a.shape, f, layout(a.shape, false));
+  Array<int64_t> target(a.shape.rows);
+  Array<float> grad(a.shape.rows);
+  Array<am_lse> lse(a.shape.rows);
+  for (int64_t r = 0; r < a.shape.rows; ++r) {
+    for (int64_t k = 0; k < a.shape.length; ++k) logits.set(r, k, 0);
+    target[r] = below(a.shape.length);
+    lse[r] = {0, 0};
+    char bits[4];
+    for (char& b : bits) b = (char)below(256);
+    double low = read(bits, f), step = std::ldexp(1, std::max(low == 0 ? -999 : std::ilogb(low), f.lowest) - f.digits);
+    grad[r] = (float)(std::isfinite(low) && f.bytes == 2 ? low + step : low);  // halfway to the next
+    if (one_in(2)) grad[r] = std::nextafter(grad[r], pick({-INFINITY, INFINITY}));
+  }
+  a.logits = logits.where.place;
+  a.out = out.where.place;
+  a.classes.target = target.begin();
+  a.classes.ignore_index = -100;
+  a.classes.reduction = AM_NONE;
+  a.grad = grad.begin();
+  a.lse = lse.begin();
+  what += text("rounding: %s\n  logits: ", f.name) + describe(a.shape, a.logits) + "\n  out: " + describe(a.shape, a.out);
+  run({&out.block}, [&](am_parallel with) { return body->cross_entropy_backward(&a, with); });
+  for (int64_t r = 0; r < a.shape.rows; ++r)
+    for (int64_t k = 0; k < a.shape.length; ++k)
+      if (k != target[r]) check(out.get(r, k), rounded(grad[r], f), 0, f, "out", r, k);
+}
+
+// ---- cross-entropy of a product ----------------------------------------------------------------
+
+am_shape matrix(int64_t rows, int64_t columns) {
+  am_shape s;
+  memset(&s, 0, sizeof s);
+  s.dims = 1;
+  s.rows = s.size[0] = rows;
+  s.length = columns;
+  return s;
+}
+// Rows of a matrix one after the other, with a gap where asked.
+Layout lines(const am_shape& s, bool gap) {
+  Layout out;
+  memset(&out.place, 0, sizeof out.place);
+  out.place.stride = 1;
+  out.place.step[0] = s.length + (gap && one_in(3) ? between(1, 20) : 0);
+  out.room = s.rows == 0 || s.length == 0 ? 0 : (s.rows - 1) * out.place.step[0] + s.length;
+  return out;
+}
+
+struct Linear {
+  const Format& f;
+  am_shape of_hidden, of_weight, of_bias;
+  Rows hidden, weight, bias, grad_hidden, grad_weight, grad_bias;
+  Classes classes;
+  Array<float> loss, grad;
+  Array<am_lse> lse;
+  am_linear_cross_entropy a;
+  am_linear_cross_entropy_backward b;
+  std::vector<std::vector<double>> logits;
+  double of_logit = 0;
+
+  Linear(am_dtype dtype, int64_t rows, int64_t width, int64_t count)
+      : f(FORMATS[dtype]), of_hidden(matrix(rows, width)), of_weight(matrix(count, width)), of_bias(matrix(1, count)),
+        hidden(of_hidden, f, lines(of_hidden, true)), weight(of_weight, f, lines(of_weight, true)),
+        bias(of_bias, f, lines(of_bias, false)), grad_hidden(of_hidden, f, lines(of_hidden, false)),
+        grad_weight(of_weight, f, lines(of_weight, false)), grad_bias(of_bias, f, lines(of_bias, false)),
+        classes(rows, count), loss(classes.c.reduction == AM_NONE ? rows : 1), grad(loss.size), lse(rows) {
+    double scale = pick({1.0, 1.0, 5.0}) / std::sqrt((double)width + 1);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < width && classes.counts(r); ++k) hidden.set(r, k, normal());  // else NaN
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t k = 0; k < width; ++k) weight.set(r, k, scale * normal());
+    for (int64_t k = 0; k < count; ++k) bias.set(0, k, normal());
+    for (int64_t r = 0; r < grad.size; ++r) grad[r] = (float)normal();
+    memset(&a, 0, sizeof a);
+    a.rows = rows;
+    a.width = width;
+    a.count = count;
+    a.hidden = hidden.block.data;
+    a.weight = weight.block.data;
+    a.bias = one_in(2) && count > 0 ? bias.block.data : nullptr;
+    a.hidden_step = hidden.where.place.step[0];
+    a.weight_step = weight.where.place.step[0];
+    a.dtype = dtype;
+    a.classes = classes.c;
+    a.loss = loss.begin();
+    a.lse = lse.begin();
+    memset(&b, 0, sizeof b);
+    b.grad = grad.begin();
+    b.grad_hidden = one_in(4) ? nullptr : grad_hidden.block.data;
+    b.grad_weight = one_in(4) ? nullptr : grad_weight.block.data;
+    b.grad_bias = !a.bias || one_in(4) ? nullptr : grad_bias.block.data;
+
+    logits.resize((size_t)rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!classes.counts(r)) continue;
+      std::vector<double> h = hidden.row(r);
+      for (int64_t c = 0; c < count; ++c) {
+        double sum = a.bias ? bias.get(0, c) : 0, size = std::fabs(sum);
+        for (int64_t k = 0; k < width; ++k) {
+          double term = h[(size_t)k] * weight.get(c, k);
+          sum += term;
+          size += std::fabs(term);
+        }
+        logits[(size_t)r].push_back(sum);
+        of_logit = std::max(of_logit, 2 * std::sqrt((double)width + 1) * 0x1p-24 * size);
+      }
+    }
+  }
+  std::string describe() const {
+    return text("%s, hidden (%lld, %lld; step %lld), weight (%lld; step %lld), bias %d, wanted %d %d %d, %s", f.name,
+                (long long)a.rows, (long long)a.width, (long long)a.hidden_step, (long long)a.count,
+                (long long)a.weight_step, a.bias != nullptr, b.grad_hidden != nullptr, b.grad_weight != nullptr,
+                b.grad_bias != nullptr, classes.describe().c_str());
+  }
+  bool comparable() {
+    double scale, square;
+    classes.scales(&scale, &square);
+    return std::isfinite(scale);
+  }
+  void check_loss() {
+    if (comparable()) classes.check_loss([&](int64_t r) { return logits[(size_t)r]; }, loss, lse, of_logit);
+  }
+  void check_gradients(bool given) {
+    bool any = false;
+    for (int64_t r = 0; r < a.rows; ++r) any = any || classes.counts(r);
+    if (any && !comparable()) return;
+    int64_t rows = a.rows, width = a.width, count = a.count;
+    auto at = [&](int64_t i, int64_t k) { return (size_t)(i * width + k); };
+    std::vector<double> hidden_sum((size_t)(rows * width)), hidden_error(hidden_sum), weight_sum((size_t)(count * width)),
+        weight_error(weight_sum), bias_sum((size_t)count), bias_error(bias_sum), g, error;
+    double many = ULP * 4 * std::sqrt((double)std::max(rows, count));
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!classes.counts(r)) continue;
+      double grad_here = !given ? 1 : grad[classes.c.reduction == AM_NONE ? r : 0];
+      Lse of(logits[(size_t)r]);
+      classes.gradient(r, logits[(size_t)r], {of.top, of.rest}, grad_here, of_logit, &g, &error);
+      std::vector<double> h = hidden.row(r);
+      for (int64_t c = 0; c < count; ++c) {
+        double gc = g[(size_t)c], of_gc = error[(size_t)c] + std::fabs(gc) * many;
+        bias_sum[(size_t)c] += gc;
+        bias_error[(size_t)c] += of_gc;
+        for (int64_t k = 0; k < width; ++k) {
+          double w = weight.get(c, k);
+          hidden_sum[at(r, k)] += gc * w;
+          hidden_error[at(r, k)] += of_gc * std::fabs(w);
+          weight_sum[at(c, k)] += gc * h[(size_t)k];
+          weight_error[at(c, k)] += of_gc * std::fabs(h[(size_t)k]);
+        }
+      }
+    }
+    for (int64_t k = 0; k < width; ++k) {
+      for (int64_t r = 0; r < rows && b.grad_hidden; ++r)
+        check(grad_hidden.get(r, k), hidden_sum[at(r, k)], hidden_error[at(r, k)] + TINY, f, "grad_hidden", r, k);
+      for (int64_t c = 0; c < count && b.grad_weight; ++c)
+        check(grad_weight.get(c, k), weight_sum[at(c, k)], weight_error[at(c, k)] + TINY, f, "grad_weight", c, k);
+    }
+    for (int64_t c = 0; c < count && b.grad_bias; ++c)
+      check(grad_bias.get(0, c), bias_sum[(size_t)c], bias_error[(size_t)c] + TINY, f, "grad_bias", 0, c);
+  }
+};
+
+void try_linear(const am_body_table* body, bool large) {
+  int64_t rows = between(1, 40), width = between(1, 40), count = between(1, 200);
+  if (large) {  // more logits than are kept at a time
+    rows = between(129, 140);
+    width = between(1, 3);
+    count = 160000 + between(0, 300);
+  } else switch (below(8)) {
+    case 0: rows = 128 + between(-2, 40); break;
+    case 1: width = 256 + between(-2, 20); break;
+    case 2: count = 512 + between(-2, 30); break;
+    case 3: (one_in(2) ? rows : one_in(2) ? width : count) = 0; break;
+    default: break;
+  }
+  Linear l((am_dtype)below(3), rows, width, count);
+  const std::string before = what;
+  what = before + "linear_cross_entropy: " + l.describe();
+  run({&l.loss, &l.lse}, [&](am_parallel with) { return body->linear_cross_entropy(&l.a, with); });
+  l.check_loss();
+
+  what = before + "linear_cross_entropy_backward: " + l.describe();
+  l.b.forward = l.a;
+  l.b.forward.loss = nullptr;
+  std::initializer_list<Block*> gradients = {&l.grad_hidden.block, &l.grad_weight.block, &l.grad_bias.block};
+  run(gradients, [&](am_parallel with) { return body->linear_cross_entropy_backward(&l.b, with); });
+  l.check_gradients(true);
+
+  if (l.classes.c.reduction == AM_NONE || l.a.dtype != AM_FLOAT32) return;
+  what = before + "linear_cross_entropy_gradients: " + l.describe();
+  l.b.forward = l.a;
+  l.b.grad = nullptr;
+  for (Block* b : {(Block*)&l.loss, (Block*)&l.lse}) b->restore(std::vector<char>(b->copy().size(), (char)0xff));
+  run({&l.loss, &l.lse, &l.grad_hidden.block, &l.grad_weight.block, &l.grad_bias.block},
+      [&](am_parallel with) { return body->linear_cross_entropy_gradients(&l.b, with); });
+  l.check_loss();
+  l.check_gradients(false);
+}
+
+void try_memory(const am_body_table* body) {
+  int64_t n = one_in(2) ? some_length() : between(1, 200000);
+  Array<float> x(n), y(n);
+  for (int64_t i = 0; i < n; ++i) x[i] = (float)i;
+  what += text("memory: %lld", (long long)n);
+  run({&y}, [&](am_parallel with) { return body->memory(x.begin(), nullptr, n, with); });
+  run({&y}, [&](am_parallel with) { return body->memory(x.begin(), y.begin(), n, with); });
+  if (x.copy() != y.copy()) fail("the copy differs");
+}
+
+void try_something(const am_body_table* body, long round) {
+  if (round % 3000 == 1000) return try_linear(body, true);
+  switch (below(13)) {
+    case 0: case 1: case 2: case 3: return try_softmax(body);
+    case 4: return try_softmax_backward(body);
+    case 5: return try_logsumexp(body);
+    case 6: return try_logsumexp_backward(body);
+    case 7: case 8: return try_cross_entropy(body);
+    case 9: case 10: return try_linear(body, false);
+    case 11: return try_rounding(body);
+    default: return try_memory(body);
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  long rounds = count > 1 ? atol(arguments[1]) : 2000, first = count > 2 ? atol(arguments[2]) : 0;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_set_death_callback(last_words);
+#else
+  for (int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) std::signal(signal, die);
+#endif
+  std::vector<const char*> isas;
+  for (const char* isa : {"portable", "avx2", "avx512"})
+    if (am_use_isa(isa) == 0) isas.push_back(isa);
+  for (long round = first; round < first + rounds && problems < 20; ++round) {
+    chance.seed((uint64_t)round);
+    const char* isa = isas[(size_t)below((int64_t)isas.size())];
+    am_use_isa(isa);
+    what = text("round %ld, %s: ", round, isa);
+    try {
+      try_something(am_body(), round);
+    } catch (const Stop&) {
+    }
+  }
+  if (problems == 0) printf("%ld rounds with %zu bodies hold\n", rounds, isas.size());
+  return problems != 0;
+}
