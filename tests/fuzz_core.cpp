@@ -206,14 +206,18 @@ struct Layout {
   int64_t room;
 };
 
+bool beside;  // whether the rows of this call lie side by side, mostly
+
 Layout layout(const am_shape& shape, bool repeats) {
   int order[AM_MAX_DIMS + 1], dims = shape.dims + 1;
   for (int d = 0; d < dims; ++d) order[d] = d;  // dims - 1 is the row itself
-  bool shuffled = one_in(3);
-  if (shuffled) std::shuffle(order, order + dims, chance);
+  if (beside && dims > 1 && !one_in(8))
+    std::swap(order[dims - 1], order[dims - 2]);
+  else if (one_in(3))
+    std::shuffle(order, order + dims, chance);
   Layout out;
   memset(&out.place, 0, sizeof out.place);
-  int64_t step = one_in(8) ? between(2, 5) : 1;
+  int64_t step = one_in(beside ? 30 : 8) ? between(2, 5) : 1;
   out.room = 1;
   bool none = false;
   for (int i = dims - 1; i >= 0; --i) {
@@ -283,7 +287,8 @@ am_shape some_shape() {
   s.length = some_length();
   s.dims = (int32_t)below(4);
   s.rows = 1;
-  int64_t most = s.length > 20000 ? 3 : s.length > 700 ? 9 : 40;
+  beside = one_in(3);
+  int64_t most = s.length > 20000 ? 3 : s.length > 700 ? 9 : beside && one_in(2) ? 300 : 40;
   for (int d = 0; d < s.dims; ++d) {
     s.size[d] = between(1, std::max<int64_t>(1, most / s.rows));
     s.rows *= s.size[d];

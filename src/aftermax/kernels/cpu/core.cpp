@@ -1,6 +1,7 @@
 // Which body is in use, and what the caches are like.
 #include "core.h"
 
+#include <stdio.h>
 #include <string.h>
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
@@ -37,22 +38,37 @@ const am_body_table* best() {
 
 const am_body_table* in_use = best();
 
-int64_t cache_bytes(int which, int64_t otherwise) {
+// The size of the cache of that level that one core sees, or `otherwise`. sysconf() is asked last: on
+// some processors it adds up the slices of the last level that belong to other cores.
+int64_t cache_bytes(int level, int64_t otherwise) {
+#if defined(__linux__)
+  for (int index = 0; index < 8; ++index) {
+    char path[80];
+    int is = 0;
+    long kilobytes = 0;
+    snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%d/level", index);
+    FILE* file = fopen(path, "r");
+    if (!file) break;
+    if (fscanf(file, "%d", &is) != 1) is = 0;
+    fclose(file);
+    if (is != level) continue;
+    snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
+    file = fopen(path, "r");
+    if (!file) break;
+    if (fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+    fclose(file);
+    if (kilobytes > 0) return (int64_t)kilobytes << 10;
+  }
+#endif
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-  long bytes = sysconf(which);
+  long bytes = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
   if (bytes > 0) return bytes;
 #endif
-  (void)which;
   return otherwise;
 }
 
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-const int64_t l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
-const int64_t l3 = cache_bytes(_SC_LEVEL3_CACHE_SIZE, 0);
-#else
-const int64_t l2 = cache_bytes(0, 1 << 20);
-const int64_t l3 = cache_bytes(0, 16 << 20);
-#endif
+const int64_t l2 = cache_bytes(2, 1 << 20);
+const int64_t l3 = cache_bytes(3, 0);
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 // The schemas stand in ops.py; this file gives their CPU implementations through torch's stable ABI.
 #include <dlfcn.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <initializer_list>
@@ -91,7 +92,7 @@ class Tensor {
 };
 
 // A fresh contiguous tensor. Large ones ask for large pages: most of what a fresh result costs is the
-// faults of its 4 KB pages.
+// faults of its 4 KB pages. AFTERMAX_HUGE_PAGES=0 leaves them alone.
 Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
   int64_t strides[AM_MAX_DIMS], step = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
@@ -104,7 +105,8 @@ Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
   Tensor t(h);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   int64_t bytes = t.count * t.bytes_each();
-  if (bytes >= 4 << 20) {
+  static const char* wish = getenv("AFTERMAX_HUGE_PAGES");
+  if (bytes >= 4 << 20 && !(wish && strcmp(wish, "0") == 0)) {
     uintptr_t page = 4096, from = ((uintptr_t)t.data + page - 1) & ~(page - 1);
     madvise((void*)from, ((uintptr_t)t.data + (uintptr_t)bytes - from) & ~(page - 1), MADV_HUGEPAGE);
   }
