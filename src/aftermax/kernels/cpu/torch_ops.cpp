@@ -91,8 +91,8 @@ class Tensor {
   Handle handle_;
 };
 
-// A fresh contiguous tensor. Large ones ask for large pages: most of what a fresh result costs is the
-// faults of its 4 KB pages. AFTERMAX_HUGE_PAGES=0 leaves them alone.
+// A fresh contiguous tensor. Most of what a large one costs is the faults of its 4 KB pages;
+// AFTERMAX_HUGE_PAGES=1 asks for large pages, which is faster or slower as the machine will have it.
 Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
   int64_t strides[AM_MAX_DIMS], step = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
@@ -106,7 +106,7 @@ Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   int64_t bytes = t.count * t.bytes_each();
   static const char* wish = getenv("AFTERMAX_HUGE_PAGES");
-  if (bytes >= 4 << 20 && !(wish && strcmp(wish, "0") == 0)) {
+  if (bytes >= 4 << 20 && wish && strcmp(wish, "1") == 0) {
     uintptr_t page = 4096, from = ((uintptr_t)t.data + page - 1) & ~(page - 1);
     madvise((void*)from, ((uintptr_t)t.data + (uintptr_t)bytes - from) & ~(page - 1), MADV_HUGEPAGE);
   }
