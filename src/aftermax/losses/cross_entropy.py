@@ -56,7 +56,7 @@ def cross_entropy(
     >>> cross_entropy(logits, torch.tensor([0]))
     tensor(0.2395)
     >>> cross_entropy(logits, torch.tensor([0]), lse_square_scale=0.1)
-    tensor(0.7412)
+    tensor(0.7411)
     """
     check_options("cross_entropy", reduction, label_smoothing, lse_square_scale)
     dim = _check_shapes(input, target, weight)
