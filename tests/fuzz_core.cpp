@@ -39,7 +39,7 @@ void last_words() {
   written = ::write(STDOUT_FILENO, "\n", 1);
   (void)written;
 }
-[[maybe_unused]] void die(int signal) {
+void die(int signal) {
   last_words();
   std::signal(signal, SIG_DFL);
   raise(signal);
@@ -941,6 +941,7 @@ int main(int count, char** arguments) {
 #else
   for (int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) std::signal(signal, die);
 #endif
+  std::signal(SIGABRT, die);
   std::vector<const char*> isas;
   for (const char* isa : {"portable", "avx2", "avx512"})
     if (am_use_isa(isa) == 0) isas.push_back(isa);

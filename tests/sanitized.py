@@ -44,7 +44,7 @@ def run(what: str, command: list, **environment: str) -> None:
 
 
 def main(build: Path) -> None:
-    undefined = "print_stacktrace=1:halt_on_error=1"
+    undefined = "print_stacktrace=1:halt_on_error=1:abort_on_error=1"
     run("core", [build / "fuzz_core", str(ROUNDS)], ASAN_OPTIONS=FRESH, UBSAN_OPTIONS=undefined)
 
     library = build / "lib" / "libaftermax.so"

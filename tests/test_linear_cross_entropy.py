@@ -679,3 +679,14 @@ def test_a_layer_without_width_is_its_bias(impl):
     _, _, target, bias = layer(3, 5, 7)
     hidden, weight = torch.empty(3, 0), torch.empty(7, 0)
     check(hidden, weight, target, bias, impl=impl, wanted=(False, False, True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_layer_without_classes_has_no_loss(reduction):
+    # every row has to be ignored there; the kernel once divided by the number of classes
+    hidden = torch.randn(2, 18, requires_grad=True)
+    target = torch.full((2,), -100)
+    loss = linear_cross_entropy(hidden, torch.empty(0, 18), target, reduction=reduction)
+    loss.sum().backward()
+    assert torch.isnan(loss).all() if reduction == "mean" else not loss.any()
+    assert not hidden.grad.any()

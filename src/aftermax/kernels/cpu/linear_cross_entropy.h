@@ -311,7 +311,7 @@ static int linear_cross_entropy_gradients(const am_linear_cross_entropy_backward
   if (!hidden.pack(a, loss, with)) return 1;
   int64_t rows = hidden.rows, width = a->width, wide = up_to(width, TILE_COLUMNS);
   int64_t panels = (a->count + PANEL_CLASSES - 1) / PANEL_CLASSES;
-  int64_t most = LOGITS_AT_ONCE / (panels * PANEL_CLASSES);
+  int64_t most = LOGITS_AT_ONCE / ((panels ? panels : 1) * PANEL_CLASSES);
   if (most > (rows + 3) / 4) most = (rows + 3) / 4;  // never all of them, however few
   if (most < BLOCK) most = BLOCK;
   int64_t blocks = (rows + most - 1) / most;
