@@ -10,17 +10,16 @@ not. "whole" is softmax written with the T x T matrix; SDPA is torch's fused ker
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import platform
 
 import torch
 
 import aftermax
-from aftermax.lab.cost import peak_mebibytes
+from aftermax.lab.cost import in_own_process, peak_mebibytes
 from aftermax.lab.grid import machine
 
 
-def measure(name: str, tokens: int, heads: int, head_dim: int, send) -> None:
+def measure(name: str, tokens: int, heads: int, head_dim: int) -> float:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     query, key, value = (
@@ -41,19 +40,7 @@ def measure(name: str, tokens: int, heads: int, head_dim: int, send) -> None:
             out = aftermax.attention(query, key, value, weights=system, is_causal=True)
         out.sum().backward()
 
-    send.send(peak_mebibytes(run))
-
-
-def in_own_process(*arguments) -> float:
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(*arguments, send))
-    process.start()
-    send.close()
-    try:
-        return receive.recv()
-    finally:
-        process.join()
+    return peak_mebibytes(run)
 
 
 def main() -> None:
@@ -70,7 +57,7 @@ def main() -> None:
     print("peak extra memory in MiB:")
     names = [entry.name for entry in aftermax.CATALOGUE] + ["SDPA"]
     for name in names + (["whole"] if options.whole else []):
-        print(f"  {name:16} {in_own_process(name, *shape):7.0f}", flush=True)
+        print(f"  {name:16} {in_own_process(measure, name, *shape):7.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The row kernels against torch, and against what the memory of this machine can do.
 
     make bench-rows
-    python benchmarks/rows.py [--save docs/results/rows.json] [--only targets|lengths|memory]
+    python benchmarks/rows.py [--save rows.json] [--only targets|lengths|memory]
 
 All contenders of a line run in one process on the same buffers, interleaved, in an order that is
 shuffled anew every round; what is reported is the median over the rounds of the ratio within a
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import multiprocessing
 import random
 import statistics
 import time
@@ -32,10 +31,12 @@ from torch import Tensor
 import aftermax
 from aftermax import kernels
 from aftermax.kernels.ops import ALGORITHMS
-from aftermax.lab.cost import peak_mebibytes
+from aftermax.lab.cost import in_own_process, peak_mebibytes
 from aftermax.lab.grid import machine
 
 Contenders = dict[str, Callable[[], object]]
+Made = tuple[Contenders, list[str]]
+"""What runs against each other, and which of it makes up the bound."""
 
 OURS = "aftermax"
 LENGTHS = [2**k for k in range(10, 29)]
@@ -80,19 +81,20 @@ def _memory(x: Tensor, y: Tensor | None) -> Callable[[], None]:
 # ---- the table of targets ----------------------------------------------------------------------
 
 
-def softmax_into(rows: int, length: int) -> tuple[Contenders, list[str]]:
-    x = torch.randn(rows, length)
+def into(name: str, rows: int, length: int, dtype: torch.dtype = torch.float32) -> Made:
+    """torch's function of that name and ours, with the result given."""
+    x = torch.randn(rows, length).to(dtype)
     y = torch.empty_like(x)
     contenders: Contenders = {
-        "torch.softmax(out=)": lambda: torch.softmax(x, -1, out=y),
-        OURS: lambda: aftermax.softmax(x, -1, out=y),
-        "read": _memory(x, None),
-        "copy": _memory(x, y),
+        f"torch.{name}(out=)": lambda: getattr(torch, name)(x, -1, out=y),
+        OURS: lambda: getattr(aftermax, name)(x, -1, out=y),
     }
-    return contenders, ["read", "copy"]
+    if dtype == torch.float32:
+        contenders |= {"read": _memory(x, None), "copy": _memory(x, y)}
+    return contenders, [name for name in contenders if name in ("read", "copy")]
 
 
-def softmax_fresh(rows: int, length: int) -> tuple[Contenders, list[str]]:
+def softmax_fresh(rows: int, length: int) -> Made:
     x = torch.randn(rows, length)
     contenders: Contenders = {
         "torch.softmax": lambda: torch.softmax(x, -1),
@@ -101,29 +103,7 @@ def softmax_fresh(rows: int, length: int) -> tuple[Contenders, list[str]]:
     return contenders, []
 
 
-def log_softmax_into(rows: int, length: int) -> tuple[Contenders, list[str]]:
-    x = torch.randn(rows, length)
-    y = torch.empty_like(x)
-    contenders: Contenders = {
-        "torch.log_softmax(out=)": lambda: torch.log_softmax(x, -1, out=y),
-        OURS: lambda: aftermax.log_softmax(x, -1, out=y),
-        "read": _memory(x, None),
-        "copy": _memory(x, y),
-    }
-    return contenders, ["read", "copy"]
-
-
-def bfloat16_into(rows: int, length: int) -> tuple[Contenders, list[str]]:
-    x = torch.randn(rows, length).bfloat16()
-    y = torch.empty_like(x)
-    contenders: Contenders = {
-        "torch.softmax(out=)": lambda: torch.softmax(x, -1, out=y),
-        OURS: lambda: aftermax.softmax(x, -1, out=y),
-    }
-    return contenders, []
-
-
-def softmax_backward(rows: int, length: int) -> tuple[Contenders, list[str]]:
+def softmax_backward(rows: int, length: int) -> Made:
     x = torch.randn(rows, length, requires_grad=True)
     grad = torch.randn(rows, length)
 
@@ -134,7 +114,7 @@ def softmax_backward(rows: int, length: int) -> tuple[Contenders, list[str]]:
     return {"torch.softmax": run(torch.softmax), OURS: run(aftermax.softmax)}, []
 
 
-def logsumexp(rows: int, length: int) -> tuple[Contenders, list[str]]:
+def logsumexp(rows: int, length: int) -> Made:
     x = torch.randn(rows, length)
     contenders: Contenders = {
         "torch.logsumexp": lambda: torch.logsumexp(x, -1),
@@ -153,7 +133,7 @@ def _backward(loss: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], Non
     return run
 
 
-def cross_entropy(rows: int, length: int) -> tuple[Contenders, list[str]]:
+def cross_entropy(rows: int, length: int) -> Made:
     x = torch.randn(rows, length, requires_grad=True)
     target = torch.randint(0, length, (rows,))
     contenders: Contenders = {
@@ -184,7 +164,7 @@ def linear_losses(target: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor
 LAYER = (2048, 512, 50_000)
 
 
-def linear_cross_entropy() -> tuple[Contenders, list[str]]:
+def linear_cross_entropy() -> Made:
     hidden, weight, target = _layer(*LAYER)
     losses = linear_losses(target)
     return {name: _backward(loss, hidden, weight) for name, loss in losses.items()}, []
@@ -192,11 +172,11 @@ def linear_cross_entropy() -> tuple[Contenders, list[str]]:
 
 # work, how it is made, the ratios asked for (one thread, two, of the bound; 1: never slower),
 # rounds, repeats
-TARGETS: list[tuple[str, Callable[[], tuple[Contenders, list[str]]], tuple, int, int]] = [
+TARGETS: list[tuple[str, Callable[[], Made], tuple, int, int]] = [
     *(
         (
             f"softmax, rows of {n} in cache, out given",
-            lambda n=n: softmax_into(IN_CACHE // n, n),
+            lambda n=n: into("softmax", IN_CACHE // n, n),
             (1.0, 1.0, None),
             21,
             50,
@@ -215,14 +195,14 @@ TARGETS: list[tuple[str, Callable[[], tuple[Contenders, list[str]]], tuple, int,
     ),
     (
         "softmax, one row of 64M, out given",
-        lambda: softmax_into(1, 2**26),
+        lambda: into("softmax", 1, 2**26),
         (1.9, 2.5, 0.93),
         11,
         1,
     ),
     (
         "softmax, 4096 x 32768, out given",
-        lambda: softmax_into(4096, 32768),
+        lambda: into("softmax", 4096, 32768),
         (1.3, 1.3, None),
         11,
         1,
@@ -230,7 +210,7 @@ TARGETS: list[tuple[str, Callable[[], tuple[Contenders, list[str]]], tuple, int,
     ("softmax, 4096 x 32768, fresh result", lambda: softmax_fresh(4096, 32768), (1, 1, None), 5, 1),
     (
         "softmax, 4096 x 32768, bfloat16, out given",
-        lambda: bfloat16_into(4096, 32768),
+        lambda: into("softmax", 4096, 32768, torch.bfloat16),
         (1, 1, None),
         7,
         1,
@@ -244,7 +224,7 @@ TARGETS: list[tuple[str, Callable[[], tuple[Contenders, list[str]]], tuple, int,
     ),
     (
         "log-softmax, 4096 x 32768, out given",
-        lambda: log_softmax_into(4096, 32768),
+        lambda: into("log_softmax", 4096, 32768),
         (1, 1, None),
         7,
         1,
@@ -336,10 +316,10 @@ def measure_lengths(isa: str, threads: int, console: Console) -> list[dict]:
 # ---- memory ------------------------------------------------------------------------------------
 
 
-def _peak(name: str, send) -> None:
+def _peak(name: str) -> float:
     torch.set_num_threads(2)
     hidden, weight, target = _layer(*LAYER)
-    send.send(peak_mebibytes(_backward(linear_losses(target)[name], hidden, weight)))
+    return peak_mebibytes(_backward(linear_losses(target)[name], hidden, weight))
 
 
 def measure_memory(console: Console) -> list[dict]:
@@ -348,13 +328,7 @@ def measure_memory(console: Console) -> list[dict]:
     gradients = 4 * width * (rows + classes) / 2**20
     lines = []
     for name in linear_losses(torch.zeros(0)):
-        context = multiprocessing.get_context("spawn")
-        receive, send = context.Pipe(duplex=False)
-        child = context.Process(target=_peak, args=(name, send))
-        child.start()
-        send.close()
-        lines.append({"name": name, "mebibytes": receive.recv() - gradients})
-        child.join()
+        lines.append({"name": name, "mebibytes": in_own_process(_peak, name) - gradients})
         console.print(f"  {name}: {lines[-1]['mebibytes']:,.0f} MiB")
     return lines
 
@@ -386,7 +360,7 @@ def print_table(console: Console, results: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--save", type=Path, help="a JSON file for `make figures`")
+    parser.add_argument("--save", type=Path, help="a JSON file to keep the numbers in")
     parser.add_argument("--only", choices=("targets", "lengths", "memory"))
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--isa", nargs="+", default=None, help="bodies; all that run by default")

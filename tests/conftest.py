@@ -4,7 +4,9 @@ import hypothesis
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.contract")
+from aftermax import kernels
+
+pytest.register_assert_rewrite("tests.contract", "tests.linear_layer", "tests.row_cases")
 
 # the same examples on every run: a red test is red for everyone, and timing is no verdict
 hypothesis.settings.register_profile("aftermax", derandomize=True, deadline=None, max_examples=20)
@@ -14,6 +16,29 @@ hypothesis.settings.load_profile("aftermax")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=kernels.ISAS)
+def body(request):
+    """Every body of the kernels that runs here."""
+    from .native import running
+
+    with running(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def impl(request):
+    if request.param == "cpu" and kernels.absent() is not None:
+        pytest.skip(kernels.absent())
+    return request.param
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

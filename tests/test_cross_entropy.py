@@ -1,5 +1,6 @@
 """cross_entropy: its formula, and torch's answers in float64, with gradients and special values."""
 
+import functools
 import itertools
 
 import pytest
@@ -9,38 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from aftermax import cross_entropy, kernels
+from aftermax import cross_entropy
 
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-DTYPES = (F32, BF16, F16)
-REDUCTIONS = ("mean", "sum", "none")
-INF, NAN, MAX = torch.inf, torch.nan, torch.finfo(F32).max
+from . import native
+from .native import BF16, DTYPES, F16, F32, F64, INF, MAX, NAN, REDUCTIONS, needs_kernels
 
-needs_kernels = pytest.mark.skipif(kernels.absent() is not None, reason=str(kernels.absent()))
-
-
-@pytest.fixture(params=kernels.ISAS)
-def body(request):
-    if kernels.absent() is not None:
-        pytest.skip(kernels.absent())
-    before = kernels.isa()
-    try:
-        kernels.use_isa(request.param)
-    except RuntimeError as lacking:
-        pytest.skip(str(lacking))
-    yield request.param
-    kernels.use_isa(before)
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def impl(request):
-    if request.param == "cpu" and kernels.absent() is not None:
-        pytest.skip(kernels.absent())
-    return request.param
-
-
-def normal(*shape, scale=2.0, dtype=F32, seed=0):
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+normal = functools.partial(native.normal, scale=2.0)
 
 
 def classes(*shape, count, seed=0, ignored=None, share=0.0):
@@ -522,25 +497,21 @@ def test_logits_that_were_changed_are_not_used_for_their_gradient(impl):
 
 
 @needs_kernels
-def test_two_threads_give_the_bits_of_one(body):
-    before = torch.get_num_threads()
+def test_two_threads_give_the_bits_of_one(body, set_threads):
     cases = (normal(1, 200_001), normal(3, 100_000), normal(301, 1000), normal(300, 301).T)
-    try:
-        for x in cases:
-            target = classes(len(x), count=x.shape[1])
-            for options in OPTIONS.values():
-                results = []
-                for threads in (1, 2):
-                    torch.set_num_threads(threads)
-                    assert torch.get_num_threads() == threads
-                    leaf = x.detach().requires_grad_()
-                    loss = cross_entropy(leaf, target, **options)
-                    loss.backward()
-                    results.append((loss.detach(), leaf.grad))
-                for one, two in zip(*results, strict=True):
-                    assert torch.equal(one, two)
-    finally:
-        torch.set_num_threads(before)
+    for x in cases:
+        target = classes(len(x), count=x.shape[1])
+        for options in OPTIONS.values():
+            results = []
+            for threads in (1, 2):
+                set_threads(threads)
+                assert torch.get_num_threads() == threads
+                leaf = x.detach().requires_grad_()
+                loss = cross_entropy(leaf, target, **options)
+                loss.backward()
+                results.append((loss.detach(), leaf.grad))
+            for one, two in zip(*results, strict=True):
+                assert torch.equal(one, two)
 
 
 # what is refused

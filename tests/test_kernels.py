@@ -11,7 +11,7 @@ import torch
 from aftermax import kernels, softmax
 from aftermax.kernels import ops
 
-needs_kernels = pytest.mark.skipif(kernels.absent() is not None, reason=str(kernels.absent()))
+from .native import needs_kernels
 
 
 def python(code, **environment):

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from aftermax import kernels, log_softmax, logsumexp, softmax
+from aftermax import log_softmax, logsumexp, softmax
+
+from .native import needs_kernels
 
 IMPLS = ("cpu", "cpu-two-pass", "cpu-three-pass-recompute", "cpu-three-pass-reload")
 EPS = 2.0**-23
@@ -26,18 +28,7 @@ EXP = 1.1 * EPS
 SUM = EXP + 1.5 * EPS
 """And a sum of it: three additions in float32, half a unit each, before it goes on in double."""
 
-pytestmark = pytest.mark.skipif(kernels.absent() is not None, reason=str(kernels.absent()))
-
-
-@pytest.fixture(params=kernels.ISAS)
-def body(request):
-    before = kernels.isa()
-    try:
-        kernels.use_isa(request.param)
-    except RuntimeError as lacking:
-        pytest.skip(str(lacking))
-    yield request.param
-    kernels.use_isa(before)
+pytestmark = needs_kernels
 
 
 def normal(scale, mean=0.0):

@@ -21,7 +21,10 @@ from aftermax import kernels, reference
 from aftermax.kernels.ops import ALGORITHMS, EMPTIES
 from aftermax.reference import transformed
 
-IMPLS = ("reference", "cpu", *(f"cpu-{name}" for name in ALGORITHMS[1:]))
+PLAIN_IMPLS = ("reference", "cpu")
+"""What `impl=` may say where the kernel has one algorithm."""
+
+IMPLS = (*PLAIN_IMPLS, *(f"cpu-{name}" for name in ALGORITHMS[1:]))
 """What `impl=` of the softmaxes may say."""
 
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -122,7 +125,7 @@ def logsumexp(
     dims = (dim,) if isinstance(dim, int) else tuple(dim) or tuple(range(input.ndim))
     for d in dims:
         _check_dim("logsumexp", input, d)
-    if not use_kernels("logsumexp", impl, ("reference", "cpu"), input):
+    if not use_kernels("logsumexp", impl, PLAIN_IMPLS, input):
         result = reference.logsumexp(input, dims, keepdim)
     else:
         result = _kernel_logsumexp(input, dims, keepdim)

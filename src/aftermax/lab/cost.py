@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -54,18 +55,32 @@ def training_speed(runs: list[Run], corpus: Corpus) -> dict[str, list[Row]]:
 
 def training_memory(run: Run, corpus: Corpus) -> list[Row]:
     """MiB that one training step of the longest length adds at its peak, in a fresh process."""
+    try:
+        mebibytes = in_own_process(_peak, run, corpus.folder)
+    except EOFError:
+        raise RuntimeError(f"the memory of {run.system} could not be measured") from None
+    return [Row(0, run.work.lengths[-1], "peak_mebibytes", mebibytes)]
+
+
+def in_own_process(measure: Callable[..., float], *arguments: object) -> float:
+    """What `measure(*arguments)` returns in a fresh process.
+
+    Raises:
+        EOFError: where the process ended before it had an answer.
+    """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_peak, args=(run, corpus.folder, send), daemon=True)
+    child = context.Process(target=_answer, args=(send, measure, *arguments), daemon=True)
     child.start()
     send.close()
     try:
-        mebibytes = receive.recv()
-    except EOFError:
-        raise RuntimeError(f"the memory of {run.system} could not be measured") from None
+        return receive.recv()
     finally:
         child.join()
-    return [Row(0, run.work.lengths[-1], "peak_mebibytes", mebibytes)]
+
+
+def _answer(send: Connection, measure: Callable[..., float], *arguments: object) -> None:
+    send.send(measure(*arguments))
 
 
 def peak_mebibytes(function: Callable[[], object]) -> float:
@@ -93,7 +108,7 @@ def _largest_ever() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def _peak(run: Run, folder: Path, send) -> None:
+def _peak(run: Run, folder: Path) -> float:
     torch.set_num_threads(run.work.threads)
     corpus = Corpus.open(folder)
     model, optimiser = build(run, corpus)
@@ -107,4 +122,4 @@ def _peak(run: Run, folder: Path, send) -> None:
         wanted = tokens[:, -run.work.targets :]
         torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted).backward()
 
-    send.send(peak_mebibytes(step))
+    return peak_mebibytes(step)

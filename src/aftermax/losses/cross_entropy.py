@@ -10,9 +10,7 @@ from torch import Tensor
 
 from aftermax import reference
 from aftermax.kernels.ops import REDUCTIONS
-from aftermax.rows import log_softmax, logsumexp, use_kernels
-
-IMPLS = ("reference", "cpu")
+from aftermax.rows import PLAIN_IMPLS, log_softmax, logsumexp, use_kernels
 
 
 def cross_entropy(
@@ -60,7 +58,7 @@ def cross_entropy(
     """
     check_options("cross_entropy", reduction, label_smoothing, lse_square_scale)
     dim = _check_shapes(input, target, weight)
-    kernel = use_kernels("cross_entropy", impl, IMPLS, input)
+    kernel = use_kernels("cross_entropy", impl, PLAIN_IMPLS, input)
     options = (ignore_index, label_smoothing, lse_square_scale)
     if kernel and target.is_floating_point():
         return _soft_target(input, target, weight, dim, *options[1:], reduction)

@@ -10,13 +10,12 @@ from torch import Tensor
 from aftermax import reference
 from aftermax.kernels.ops import REDUCTIONS, linear_gradients
 from aftermax.losses.cross_entropy import (
-    IMPLS,
     call,
     check_options,
     check_targets,
     class_weights,
 )
-from aftermax.rows import use_kernels
+from aftermax.rows import PLAIN_IMPLS, use_kernels
 
 
 def linear_cross_entropy(
@@ -67,7 +66,7 @@ def linear_cross_entropy(
     given = [t for t in (hidden, weight, bias) if t is not None]
     rows = hidden.reshape(target.numel(), hidden.shape[-1])
     flat = target.reshape(-1).contiguous()
-    if not use_kernels("linear_cross_entropy", impl, IMPLS, *given):
+    if not use_kernels("linear_cross_entropy", impl, PLAIN_IMPLS, *given):
         loss = reference.linear_cross_entropy(
             rows,
             weight,

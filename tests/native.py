@@ -1,0 +1,36 @@
+"""What the tests of the kernels share."""
+
+import contextlib
+
+import pytest
+import torch
+
+from aftermax import kernels
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+HALVES = (BF16, F16)
+DTYPES = (F32, *HALVES)
+REDUCTIONS = ("mean", "sum", "none")
+INF, NAN, MAX = torch.inf, torch.nan, torch.finfo(F32).max
+
+needs_kernels = pytest.mark.skipif(kernels.absent() is not None, reason=str(kernels.absent()))
+
+
+@contextlib.contextmanager
+def running(name):
+    """The body of that name, and afterwards the one that was in use."""
+    if kernels.absent() is not None:
+        pytest.skip(kernels.absent())
+    before = kernels.isa()
+    try:
+        kernels.use_isa(name)
+    except RuntimeError as lacking:
+        pytest.skip(str(lacking))
+    try:
+        yield
+    finally:
+        kernels.use_isa(before)
+
+
+def normal(*shape, scale=1.0, dtype=F32, seed=0):
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
