@@ -840,7 +840,7 @@ struct Linear {
     auto at = [&](int64_t i, int64_t k) { return (size_t)(i * width + k); };
     std::vector<double> hidden_sum((size_t)(rows * width)), hidden_error(hidden_sum), weight_sum((size_t)(count * width)),
         weight_error(weight_sum), bias_sum((size_t)count), bias_error(bias_sum), g, error;
-    double many = ULP * 4 * std::sqrt((double)std::max(rows, count));
+    double many = ULP * 2 * std::sqrt((double)std::max(rows, count));
     for (int64_t r = 0; r < rows; ++r) {
       if (!classes.counts(r)) continue;
       double grad_here = !given ? 1 : grad[classes.c.reduction == AM_NONE ? r : 0];

@@ -14,13 +14,14 @@ constexpr int64_t DEPTH = 256;
 
 static inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// C (TILE_ROWS x TILE_COLUMNS, rows c_step apart) gets A B, added to what it holds or in its place.
+// C (TILE_ROWS x TILE_COLUMNS, rows c_step apart) gets A B, added to what it holds or in its place. The
+// sum over `depth` starts from 0: a long sum made of many of them does not grow its error with each term.
 // A(i, k) lies at a[i a_row + k a_depth]; B(k, j) at b[k TILE_COLUMNS + j].
 static inline void multiply_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t depth,
                                  float* c, int64_t c_step, bool add) {
   F sum[TILE_ROWS][2];
   for (int i = 0; i < TILE_ROWS; ++i)
-    for (int j = 0; j < 2; ++j) sum[i][j] = add ? load(c + i * c_step + j * W) : set1(0);
+    for (int j = 0; j < 2; ++j) sum[i][j] = set1(0);
   for (int64_t k = 0; k < depth; ++k) {
     F b0 = load(b + k * TILE_COLUMNS), b1 = load(b + k * TILE_COLUMNS + W);
     for (int i = 0; i < TILE_ROWS; ++i) {
@@ -30,7 +31,10 @@ static inline void multiply_tile(const float* a, int64_t a_row, int64_t a_depth,
     }
   }
   for (int i = 0; i < TILE_ROWS; ++i)
-    for (int j = 0; j < 2; ++j) store(c + i * c_step + j * W, sum[i][j]);
+    for (int j = 0; j < 2; ++j) {
+      float* to = c + i * c_step + j * W;
+      store(to, add ? load(to) + sum[i][j] : sum[i][j]);
+    }
 }
 
 // Panels of TILE_ROWS rows, inner sum first: x(rows, depth) becomes [rows / TILE_ROWS][depth][TILE_ROWS].
