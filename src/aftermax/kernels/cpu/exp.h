@@ -21,17 +21,19 @@ struct Pair {
   F p, n;
 };
 
-// Largest error of p: 1.1 ULP.
+// Largest error of p: 1.1 ULP. Coarse leaves a factor of e^(n LN2_REST) in it, for sums that take it
+// out as a whole.
 #if defined(AM_TABLE)
 // With sixteen floats in one register: e^x = 2^n 2^(j/16) e^t, |t| <= ln 2 / 32. The multipliers are
 // what limits all kernels here, and a look-up takes two products less than a longer polynomial. n
 // keeps its sixteenths j: scale() takes the whole part, whole() the next whole number.
+template <bool Coarse = false>
 static inline Pair exp_pair(F x) {
   x = max(set1(LOWEST), x);
   // the addend rounds to sixteenths and leaves j in the last four bits
   F addend = set1(0x1.8p19f), sum = fma(x, set1(0x1.715476p+0f), addend);
   F n = sum - addend;
-  F t = reduce_argument(x, n);
+  F t = Coarse ? reduce_coarsely(x, n) : reduce_argument(x, n);
   F power = look_up_power(sum);  // 2^(j/16)
   F q = fma(set1(0x1.55573ep-3f), t, set1(0x1.00022p-1f));
   q = fma(q, t, set1(1.0f));
@@ -40,10 +42,11 @@ static inline Pair exp_pair(F x) {
 #else
 // A minimax polynomial of degree 6 with p(0) = p'(0) = 1, |t| <= ln 2 / 2: relative error 2.0e-9.
 static inline F whole(F n) { return n; }
+template <bool Coarse = false>
 static inline Pair exp_pair(F x) {
   x = max(set1(LOWEST), x);
   F n = round(x * set1(0x1.715476p+0f));
-  F t = reduce_argument(x, n);
+  F t = Coarse ? reduce_coarsely(x, n) : reduce_argument(x, n);
   F p = fma(set1(0x1.6ae732p-10f), t, set1(0x1.126782p-7f));
   p = fma(p, t, set1(0x1.555822p-5f));
   p = fma(p, t, set1(0x1.55541ap-3f));

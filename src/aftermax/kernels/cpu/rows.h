@@ -67,7 +67,7 @@ static float max_of(const T* x, int64_t n) {
 
 // Sum of e^(x - shift) by pairs, with an exponent of its own in every lane.
 template <bool Shift, class T>
-static Sum sum_pairs(const T* x, int64_t n, float shift) {
+static Sum sum_by_lanes(const T* x, int64_t n, float shift) {
   D sum = zero();
   F e = set1(-FLT_MAX), s = set1(shift);
   int64_t i = 0;
@@ -97,6 +97,46 @@ static Sum sum_pairs(const T* x, int64_t n, float shift) {
   });
   float top = max_of_lanes(e);
   return {sum_of_lanes(scale(sum, e - set1(top))), top};
+}
+
+// The same without a look at every exponent: that of the first group stands for all of a piece. False
+// where others are so far above it that floats do not reach; nothing is lost far below it.
+//
+// The terms are coarse, with a factor of e^(n LN2_REST) each. Weighted by them, the mean of n is
+// log2 of the sum less the entropy of the weights, which is 0 to 15 bits for PIECE elements. Where one
+// term is all of the sum it is 0, so that much is taken out; what may be left is half a ULP.
+template <class T>
+static bool sum_alike(const T* x, int64_t n, Sum* sum) {
+  D total = zero();
+  F e = set1(-FLT_MAX);
+  int64_t i = 0;
+  for (int k = 0; k < GROUP; ++k) e = max(exp_pair<true>(load(x + k * W)).n, e);
+  e = whole(set1(max_of_lanes(e)));
+  for (; i + STEP <= n; i += STEP) {
+    prefetch_ahead(x + i);
+    F p[GROUP];
+    for (int k = 0; k < GROUP; ++k) {
+      Pair a = exp_pair<true>(load(x + i + k * W));
+      p[k] = scale_any(a.p, a.n - e);
+    }
+    total = total + widen(tree_sum(p));
+  }
+  each_vector(x, i, n, -INFINITY, [&](F v, int, int64_t) {
+    Pair a = exp_pair<true>(v);
+    total = total + widen(scale_any(a.p, a.n - e));
+  });
+  *sum = {sum_of_lanes(total), max_of_lanes(e)};
+  if (!(sum->s < 0x1p100)) return false;
+  double rest = LN2_REST * (sum->e + ilogb(sum->s));
+  sum->s *= 1 - rest + rest * rest / 2;  // e^(-rest), which is within 1e-3 of 1
+  return true;
+}
+
+template <bool Shift, class T>
+static Sum sum_pairs(const T* x, int64_t n, float shift) {
+  Sum sum;
+  if (!Shift && n >= 2 * STEP && sum_alike(x, n, &sum)) return sum;
+  return sum_by_lanes<Shift>(x, n, shift);
 }
 
 // Sum of e^x 2^(-exponent), for an exponent that no element exceeds by much. Writes the terms to y
@@ -201,7 +241,7 @@ static inline F load_lanes(const T* x, int lanes, float fill) {
   return lanes == W ? load(x) : load_part(x, lanes, fill);
 }
 
-// y = e^(x - shift) factor 2^(-exponent)
+// y = e^(x - shift) factor 2^(-exponent), but at most 1: no probability is above, but by rounding.
 template <bool Shift, bool Stream, class T>
 static void write_exp(const T* x, T* y, int64_t n, float shift, float exponent, float factor) {
   F e = set1(exponent - BIAS), f = set1(factor * UNBIAS), s = set1(shift);
@@ -209,7 +249,7 @@ static void write_exp(const T* x, T* y, int64_t n, float shift, float exponent, 
     if (lanes == W) prefetch((const char*)(x + i) + AHEAD);
     F v = load_lanes(x + i, lanes, 0);
     Pair a = exp_pair(Shift ? v - s : v);
-    return scale(a.p * f, a.n - e);
+    return min(set1(1), scale(a.p * f, a.n - e));
   });
 }
 

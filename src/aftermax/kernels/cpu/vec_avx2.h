@@ -39,11 +39,14 @@ static inline __m256 power_of_two(__m256 n) {
 static inline F scale(F a, F n) {
   return {_mm256_mul_ps(a.v, power_of_two(max(set1(-127.0f), n).v))};
 }
+// The same where n may be above: then at least a 2^127.
+static inline F scale_any(F a, F n) { return scale(a, min(set1(127.0f), n)); }
 
-// x - n ln 2, with ln 2 in two parts.
+// x - n ln 2, with ln 2 in two parts: LN2_REST is the second one.
+constexpr float LN2_REST = -0x1.05C61p-29f;
+static inline F reduce_coarsely(F x, F n) { return {_mm256_fnmadd_ps(n.v, _mm256_set1_ps(0x1.62E43p-1f), x.v)}; }
 static inline F reduce_argument(F x, F n) {
-  F t = {_mm256_fnmadd_ps(n.v, _mm256_set1_ps(0x1.62E43p-1f), x.v)};
-  return {_mm256_fnmadd_ps(n.v, _mm256_set1_ps(-0x1.05C61p-29f), t.v)};
+  return {_mm256_fnmadd_ps(n.v, _mm256_set1_ps(LN2_REST), reduce_coarsely(x, n).v)};
 }
 
 static inline float max_of_lanes(F a) {

@@ -27,14 +27,17 @@ static inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 // a 2^n, n rounded down, n <= 127; may be 0 from n = -127 on.
 static inline F scale(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// The same where n may be above: then at least a 2^127.
+static inline F scale_any(F a, F n) { return scale(a, n); }
 static inline bool any_greater(F a, F b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
 }
 
-// x - n ln 2, with ln 2 in two parts.
+// x - n ln 2, with ln 2 in two parts: LN2_REST is the second one.
+constexpr float LN2_REST = -0x1.05C61p-29f;
+static inline F reduce_coarsely(F x, F n) { return {_mm512_fnmadd_ps(n.v, _mm512_set1_ps(0x1.62E43p-1f), x.v)}; }
 static inline F reduce_argument(F x, F n) {
-  F t = {_mm512_fnmadd_ps(n.v, _mm512_set1_ps(0x1.62E43p-1f), x.v)};
-  return {_mm512_fnmadd_ps(n.v, _mm512_set1_ps(-0x1.05C61p-29f), t.v)};
+  return {_mm512_fnmadd_ps(n.v, _mm512_set1_ps(LN2_REST), reduce_coarsely(x, n).v)};
 }
 
 static inline F round(F a) { return {_mm512_roundscale_ps(a.v, 8)}; }

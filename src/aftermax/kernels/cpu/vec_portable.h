@@ -50,11 +50,15 @@ static inline float power_of_two(float n) {
 static inline F scale(F a, F n) {
   AM_LANES(a.v[i] * power_of_two(clamp(n.v[i], -127.0f, 127.0f)));
 }
+// The same where n may be above: then at least a 2^127.
+static inline F scale_any(F a, F n) { return scale(a, n); }
 
 // x - n ln 2, in double, since there is no fused multiply-add to keep its digits.
 static inline F reduce_argument(F x, F n) {
   AM_LANES((float)((double)x.v[i] - (double)n.v[i] * 0x1.62e42fefa39efp-1));
 }
+constexpr float LN2_REST = 0;
+static inline F reduce_coarsely(F x, F n) { return reduce_argument(x, n); }
 
 static inline float max_of_lanes(F a) {
   float m = a.v[0];
