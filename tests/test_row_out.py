@@ -145,5 +145,16 @@ def test_an_out_that_partly_overlaps_the_input_is_refused(impl):
         for function in (softmax, log_softmax):
             with pytest.raises(RuntimeError, match="out overlaps the input"):
                 function(x, out=out, impl=impl)
+    overlapping = memory[20:].as_strided((3, 4), (2, 1))
+    for function in (softmax, log_softmax):
+        with pytest.raises(RuntimeError, match="several elements in one place"):
+            function(x, out=overlapping, impl=impl)
     assert_same(memory, kept)
-    softmax(x, out=memory[12:24].reshape(3, 4), impl=impl)  # side by side is no overlap
+    # neither side by side nor woven into each other is an overlap
+    expected = softmax(x, impl=impl)
+    woven = memory[28:36].as_strided((2, 3), (3, 2))  # 0 2 4, 3 5 7
+    assert_same(softmax(x, out=memory[12:24].reshape(3, 4), impl=impl), expected)
+    assert_same(softmax(x[:2, :3], out=woven, impl=impl), softmax(x[:2, :3], impl=impl))
+    pairs = normal(3, 8)
+    expected = softmax(pairs[:, ::2], impl=impl)
+    assert_same(softmax(pairs[:, ::2], out=pairs[:, 1::2], impl=impl), expected)

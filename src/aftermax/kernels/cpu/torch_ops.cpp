@@ -6,12 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <vector>
 
 #include "core.h"
 #include "torch_shim.h"
@@ -174,16 +173,46 @@ void rows_of(std::initializer_list<const Tensor*> tensors, std::initializer_list
   }
 }
 
+// Whether its elements lie apart for sure: every step is beyond all that smaller steps reach.
+bool spaced(const Tensor& t) {
+  int64_t order[AM_MAX_DIMS], dims = 0, reach = 0;
+  for (int64_t d = 0; d < t.dim; ++d)
+    if (t.sizes[d] > 1) order[dims++] = d;
+  std::sort(order, order + dims, [&](int64_t a, int64_t b) { return t.strides[a] < t.strides[b]; });
+  for (int64_t i = 0; i < dims; ++i) {
+    if (t.strides[order[i]] <= reach) return false;
+    reach += (t.sizes[order[i]] - 1) * t.strides[order[i]];
+  }
+  return true;
+}
+
+// Marks the places of the elements, from `low` on; false where one is marked already.
+bool mark(const Tensor& t, const char* low, bool read_only, std::vector<bool>* marks) {
+  for (int64_t i = 0; i < t.count; ++i) {
+    int64_t rest = i, at = ((const char*)t.data - low) / t.bytes_each();
+    for (int64_t d = t.dim - 1; d >= 0; --d) {
+      at += rest % t.sizes[d] * t.strides[d];
+      rest /= t.sizes[d];
+    }
+    if ((*marks)[(size_t)at]) return false;
+    if (!read_only) (*marks)[(size_t)at] = true;
+  }
+  return true;
+}
+
 void check_out(const Tensor& in, const Tensor& out) {
-  for (int64_t d = 0; d < out.dim; ++d)
-    if (out.sizes[d] > 1 && out.strides[d] == 0) fail("out has several elements in one place (it was expanded)");
   const char *a, *b, *c, *d;
   in.extent(&a, &b);
   out.extent(&c, &d);
-  if (a >= d || c >= b) return;
-  bool same = a == c && in.dim == out.dim;
+  bool same = in.data == out.data && in.dim == out.dim;
   for (int64_t k = 0; same && k < in.dim; ++k) same = in.sizes[k] <= 1 || in.strides[k] == out.strides[k];
-  if (!same) fail("out overlaps the input; give the input itself, or memory of its own");
+  bool apart = same || a >= d || c >= b;
+  if (out.count == 0 || (apart && spaced(out))) return;
+  // the usual cases are settled; of the others, tell for sure, element by element
+  const char* low = apart || c < a ? c : a;
+  std::vector<bool> marks((size_t)(((apart || d > b ? d : b) - low) / out.bytes_each()));
+  if (!mark(out, low, false, &marks)) fail("out has several elements in one place (it was expanded, or overlaps itself)");
+  if (!apart && !mark(in, low, true, &marks)) fail("out overlaps the input; give the input itself, or memory of its own");
 }
 
 void ran(int failed) {
