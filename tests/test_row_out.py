@@ -80,12 +80,16 @@ def test_nothing_beside_the_result_is_written(body, name, store):
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_a_result_larger_than_the_cache_equals_float64(body, impl):
-    # it is written past the cache, by other instructions, where the rows begin anywhere
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_result_larger_than_the_cache_equals_float64(body, impl, fresh):
+    # given memory is written past the cache, by other instructions, where the rows begin anywhere;
+    # the pages of fresh memory are asked for along the way
     for dtype in (F32, BF16):
         few = normal(3, 70001, dtype=dtype)
         exact = torch.softmax(few.double(), 1)
-        got = softmax(few.repeat(80, 1), 1, impl=impl).reshape(80, 3, -1)
+        many = few.repeat(80, 1)
+        out = None if fresh else torch.full_like(many, 7.0)
+        got = softmax(many, 1, out=out, impl=impl).reshape(80, 3, -1)
         assert_softmax(got[0], exact, few, impl)
         assert_same(got, got[0].expand(80, 3, -1))
 

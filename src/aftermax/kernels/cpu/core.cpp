@@ -1,10 +1,18 @@
 // Which body is in use, and what the caches are like.
 #include "core.h"
 
+#include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <time.h>
+
+#include <atomic>
 #endif
 
 namespace aftermax_portable { extern const am_body_table body; }
@@ -83,3 +91,52 @@ int am_use_isa(const char* name) {
 }
 int64_t am_l2_bytes(void) { return l2; }
 int64_t am_last_level_bytes(void) { return l3 > l2 ? l3 : l2; }
+
+#if defined(__linux__)
+namespace {
+
+// Smaller results come out of memory that the allocator has at hand, mostly.
+const int64_t LARGE_RESULT = 4 << 20;
+// A block that takes longer than this to come has cost more than small pages do.
+const double SLOW_NANOSECONDS_PER_BYTE = 0.4;
+const int64_t PAUSE_NANOSECONDS = 1000000000;
+
+const bool large_pages_declined = [] {
+  const char* wish = getenv("AFTERMAX_HUGE_PAGES");
+  return wish && strcmp(wish, "0") == 0;
+}();
+std::atomic<int64_t> large_pages_from{0};
+
+int64_t nanoseconds() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+}  // namespace
+
+int am_is_fresh(const void* data, int64_t bytes) {
+  if (bytes < LARGE_RESULT) return 0;
+  unsigned char has = 1;
+  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), middle = ((uintptr_t)data + (uintptr_t)bytes / 2) & ~(page - 1);
+  return mincore((void*)middle, page, &has) == 0 && (has & 1) == 0;
+}
+
+// Large pages cost a third of small ones, where they can be had at once. Where memory has to be moved
+// for them, or to come from the host of a virtual machine, they cost many times as much: then they are
+// left alone for a while.
+void am_ask_for_pages(void* data, int64_t bytes) {
+  const int POPULATE_WRITE = 23;  // MADV_POPULATE_WRITE, from Linux 5.14; before, it changes nothing
+  int64_t begin = nanoseconds();
+  bool large = !large_pages_declined && begin >= large_pages_from.load(std::memory_order_relaxed);
+  if (large) madvise(data, (size_t)bytes, MADV_HUGEPAGE);
+  madvise(data, (size_t)bytes, POPULATE_WRITE);
+  if (!large) return;
+  int64_t end = nanoseconds();
+  if ((double)(end - begin) > SLOW_NANOSECONDS_PER_BYTE * (double)bytes)
+    large_pages_from.store(end + PAUSE_NANOSECONDS, std::memory_order_relaxed);
+}
+#else
+int am_is_fresh(const void*, int64_t) { return 0; }
+void am_ask_for_pages(void*, int64_t) {}
+#endif

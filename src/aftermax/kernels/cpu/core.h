@@ -47,9 +47,12 @@ typedef struct {
 } am_lse;
 
 // `rows` rows of `length` elements. A row's place is given by the outer dims (sizes, and steps in
-// elements, the last one runs fastest); its elements lie `stride` elements apart.
+// elements, the last one runs fastest); its elements lie `stride` elements apart. `fresh` counts the
+// bytes from `data` on whose pages the system has yet to give (0: none): asking for many of them at
+// once, ahead of the writes, costs less than a fault for each.
 typedef struct {
   void* data;
+  int64_t fresh;
   int64_t stride;
   int64_t step[AM_MAX_DIMS];
 } am_place;
@@ -174,6 +177,11 @@ AM_EXPORT int am_use_isa(const char* name);
 // Sizes of this processor's caches in bytes, as far as it tells: L2 of one core, and the last level.
 AM_EXPORT int64_t am_l2_bytes(void);
 AM_EXPORT int64_t am_last_level_bytes(void);
+
+// Whether a result of that size has yet to get its pages from the system, and the request for them: large
+// ones where those come quickly, unless AFTERMAX_HUGE_PAGES=0.
+AM_EXPORT int am_is_fresh(const void* data, int64_t bytes);
+AM_EXPORT void am_ask_for_pages(void* data, int64_t bytes);
 
 #ifdef __cplusplus
 }

@@ -191,6 +191,7 @@ struct CrossEntropyBackward {
   }
   Part part(int, const State& s, int64_t row, int64_t at, int64_t n, Scratch&) const {
     row += first;
+    ask_for_pages(*out_at, s.out + at, n);
     if (loss->ignored(row)) {
       write_constant(s.out + at, n, 0);
       return 0;
@@ -238,7 +239,7 @@ template <class T>
 static int cross_entropy_backward_of(const am_cross_entropy_backward* a, am_parallel with) {
   Loss loss(&a->classes, a->shape.rows, a->shape.length);
   if (a->logits.stride == 1 && a->out.stride == 1) {
-    bool past = streamed(AM_STORE_AUTO, a->shape.rows * a->shape.length * (int64_t)sizeof(T));
+    bool past = streamed(AM_STORE_AUTO, a->out, a->shape.rows * a->shape.length * (int64_t)sizeof(T));
     CrossEntropyBackward<T> op = {a->shape, (const T*)a->logits.data, (T*)a->out.data, &a->logits, &a->out,
                                   &loss,    0,                        a->grad,         a->lse,     past};
     return walk(op, with);

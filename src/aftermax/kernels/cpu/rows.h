@@ -289,6 +289,19 @@ static inline int64_t offset_of(const am_shape& shape, const am_place& place, in
   return offset;
 }
 
+// Asks for the pages under n elements that are about to be written at y. The blocks that begin there
+// are asked for whole, so that rows in order ask for each block once, just before it is written, while
+// the cache still holds what the system has cleared.
+template <class T>
+static inline void ask_for_pages(const am_place& place, const T* y, int64_t n) {
+  constexpr uintptr_t BLOCK = 1 << 21;  // a large page of x86-64
+  if (place.fresh == 0) return;
+  uintptr_t from = ((uintptr_t)y + BLOCK - 1) / BLOCK * BLOCK, to = ((uintptr_t)(y + n) + BLOCK - 1) / BLOCK * BLOCK;
+  uintptr_t end = ((uintptr_t)place.data + (uintptr_t)place.fresh) / BLOCK * BLOCK;
+  if (to > end) to = end;
+  if (from < to) am_ask_for_pages((void*)from, (int64_t)(to - from));
+}
+
 // Memory that lives as long as one task; null where there is none to be had.
 struct Scratch {
   float* data = nullptr;
@@ -383,6 +396,7 @@ static inline am_shape panel_shape(int64_t rows, int64_t length) {
 static inline am_place panel_place(float* rows, int64_t length) {
   am_place p;
   p.data = rows;
+  p.fresh = 0;
   p.stride = 1;
   p.step[0] = length;
   return p;

@@ -88,6 +88,7 @@ struct Softmax {
   int64_t row_scratch() const { return through_scratch() ? shape.length : 0; }
   bool three_passes() const { return algorithm == AM_THREE_PASS_RECOMPUTE || algorithm == AM_THREE_PASS_RELOAD; }
   int phases() const { return three_passes() ? 3 : 2; }
+  int first_to_write() const { return reloads() && !through_scratch() ? 1 : phases() - 1; }
 
   void open(State& s, int64_t row) const {
     s.x = x + offset_of(shape, *in, row);
@@ -99,6 +100,7 @@ struct Softmax {
   Part part(int phase, const State& s, int64_t row, int64_t at, int64_t n, Scratch& scratch) const {
     const T* piece = s.x + at;
     Part p = {{0, 0}};
+    if (phase == first_to_write()) ask_for_pages(*out, s.y + at, n);
     if (phase + 1 == phases()) {
       write(s, row, at, n, scratch);
     } else if (three_passes()) {
@@ -257,6 +259,7 @@ static void short_rows(const Softmax<T>& op, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = op.x + offset_of(op.shape, *op.in, row);
     T* y = op.y + offset_of(op.shape, *op.out, row);
+    ask_for_pages(*op.out, y, op.shape.length);
     if (!short_row<VECTORS>(x, y, last)) {
       typename Softmax<T>::State state;
       op.open(state, row);
@@ -283,10 +286,11 @@ static int walk_short(const Softmax<T>& op, am_parallel with) {
   return 0;
 }
 
-// Results larger than half of the last cache will not be found there by whoever reads them next.
-static inline bool streamed(am_store asked, int64_t bytes) {
+// Results larger than half of the last cache will not be found there by whoever reads them next. Fresh
+// pages are in the cache, though, where the system has just cleared them.
+static inline bool streamed(am_store asked, const am_place& out, int64_t bytes) {
   if (asked != AM_STORE_AUTO) return asked == AM_STORE_STREAMED;
-  return bytes > am_last_level_bytes() / 2;
+  return out.fresh == 0 && bytes > am_last_level_bytes() / 2;
 }
 // The fastest as measured (docs/kernels.md). Where a row stays in a cache between the passes, the one
 // with a single exp wins: up to a quarter of the last cache. Where the result is streamed, what is kept
@@ -315,7 +319,7 @@ template <class T>
 static int softmax_of(const am_softmax* a, am_parallel with) {
   const am_shape& shape = a->shape;
   bool across = a->in.stride != 1 || a->out.stride != 1;
-  bool past = !across && streamed(a->store, shape.rows * shape.length * (int64_t)sizeof(T));
+  bool past = !across && streamed(a->store, a->out, shape.rows * shape.length * (int64_t)sizeof(T));
   am_algorithm algorithm = chosen<T>(a->algorithm, shape.length, a->log != 0, past);
   if (!across) {
     Softmax<T> op = {shape,     (const T*)a->in.data, (T*)a->out.data, &a->in,
@@ -433,6 +437,7 @@ struct SoftmaxBackward {
   }
   Part part(int phase, const State& s, int64_t, int64_t at, int64_t n, Scratch&) const {
     if (phase == 0) return sum_of(s.grad + at, s.y + at, n);
+    ask_for_pages(*out_at, s.out + at, n);
     if (streamed)
       write<true>(s, at, n);
     else
@@ -479,7 +484,7 @@ struct SoftmaxBackward {
 template <class T, bool Log>
 static int softmax_backward_as(const am_softmax_backward* a, am_parallel with) {
   if (a->grad.stride == 1 && a->result.stride == 1 && a->out.stride == 1) {
-    bool past = streamed(AM_STORE_AUTO, a->shape.rows * a->shape.length * (int64_t)sizeof(T));
+    bool past = streamed(AM_STORE_AUTO, a->out, a->shape.rows * a->shape.length * (int64_t)sizeof(T));
     SoftmaxBackward<T, Log> op = {a->shape, (const T*)a->grad.data, (const T*)a->result.data, (T*)a->out.data,
                                   &a->grad, &a->result,             &a->out,                  past};
     return walk(op, with);
@@ -521,6 +526,7 @@ struct LogSumExpBackward {
   }
   Part part(int, const State& s, int64_t row, int64_t at, int64_t n, Scratch&) const {
     Probability p(lse[row]);
+    ask_for_pages(*out_at, s.out + at, n);
     if (p.shifted)
       write<true, false>(s, p, grad[row], at, n);
     else if (streamed)
@@ -551,7 +557,7 @@ static int logsumexp_backward_of(const am_logsumexp_backward* a, am_parallel wit
   if (!grad.grow(rows)) return 1;
   for (int64_t r = 0; r < rows; ++r) grad.data[r] = to_float(((const T*)a->grad)[r]);
   if (a->in.stride == 1 && a->out.stride == 1) {
-    bool past = streamed(AM_STORE_AUTO, rows * a->shape.length * (int64_t)sizeof(T));
+    bool past = streamed(AM_STORE_AUTO, a->out, rows * a->shape.length * (int64_t)sizeof(T));
     return walk(LogSumExpBackward<T>{a->shape, (const T*)a->in.data, (T*)a->out.data, &a->in, &a->out, grad.data,
                                      a->lse, past},
                 with);

@@ -37,6 +37,11 @@ class Tensor {
       throw;
     }
   }
+  Tensor(Tensor&& t) noexcept
+      : data(t.data), fresh(t.fresh), dim(t.dim), count(t.count), sizes(t.sizes), strides(t.strides), dtype(t.dtype),
+        handle_(t.handle_) {
+    t.handle_ = nullptr;
+  }
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
   ~Tensor() {
@@ -49,6 +54,7 @@ class Tensor {
   }
 
   void* data = nullptr;
+  int64_t fresh = 0;  // see am_place
   int64_t dim = 0, count = 1;
   int64_t *sizes = nullptr, *strides = nullptr;
   int32_t dtype = 0;
@@ -90,8 +96,7 @@ class Tensor {
   Handle handle_;
 };
 
-// A fresh contiguous tensor. Most of what a large one costs is the faults of its 4 KB pages;
-// AFTERMAX_HUGE_PAGES=1 asks for large pages, which is faster or slower as the machine will have it.
+// A new contiguous tensor. Most of what a large one costs is its pages.
 Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
   int64_t strides[AM_MAX_DIMS], step = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
@@ -102,15 +107,9 @@ Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
   check(torch.aoti_torch_empty_strided(dim, sizes, strides, dtype, torch.aoti_torch_device_type_cpu(), 0, &h),
         "allocate a result");
   Tensor t(h);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
   int64_t bytes = t.count * t.bytes_each();
-  static const char* wish = getenv("AFTERMAX_HUGE_PAGES");
-  if (bytes >= 4 << 20 && wish && strcmp(wish, "1") == 0) {
-    uintptr_t page = 4096, from = ((uintptr_t)t.data + page - 1) & ~(page - 1);
-    madvise((void*)from, ((uintptr_t)t.data + (uintptr_t)bytes - from) & ~(page - 1), MADV_HUGEPAGE);
-  }
-#endif
-  return Tensor(reinterpret_cast<Handle>(t.release()));
+  if (am_is_fresh(t.data, bytes)) t.fresh = bytes;
+  return t;
 }
 Tensor empty_like(const Tensor& t) { return empty(t.dim, t.sizes, t.dtype); }
 
@@ -155,6 +154,7 @@ void rows_of(std::initializer_list<const Tensor*> tensors, std::initializer_list
   auto place = places.begin();
   for (const Tensor* t : tensors) {
     (*place)->data = t->data;
+    (*place)->fresh = t->fresh;
     (*place)->stride = first.dim && shape->length > 1 ? t->strides[dim] : 1;
     ++place;
   }
