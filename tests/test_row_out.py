@@ -48,6 +48,17 @@ def test_out_takes_any_strides_and_the_input_itself(name, impl):
                 assert_close(same, expected, rtol=rtol, atol=atol)
 
 
+@needs_kernels
+def test_autograd_learns_that_out_was_written():
+    leaf = normal(3, 4).requires_grad_()
+    x = leaf * 1
+    square = x.square().sum()
+    with torch.no_grad():
+        softmax(x, out=x, impl="cpu")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 @needs_kernels
 def test_special_values_survive_in_place(impl):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aftermax import kernels, reference
-from aftermax.kernels.ops import ALGORITHMS, EMPTIES
+from aftermax.kernels.ops import ALGORITHMS, EMPTIES, changed
 from aftermax.reference import transformed
 
 PLAIN_IMPLS = ("reference", "cpu")
@@ -190,6 +190,7 @@ def _softmax(
         op = torch.ops.aftermax.softmax if differentiable else torch.ops.aftermax.softmax_forward
         return op.default(input, *options)
     torch.ops.aftermax.softmax_out.default(input, out, *options)
+    changed(out)
     return out
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from aftermax import reference
 
@@ -41,6 +42,15 @@ def define() -> None:
         torch.library.register_fake(qualified, op.fake)
         if op.backward is not None:
             torch.library.register_autograd(qualified, op.backward, setup_context=op.setup)
+
+
+def changed(tensor: Tensor) -> None:
+    """Tell autograd that an operator wrote over the tensor: who saved it before must not use it.
+
+    torch does so by itself for its own operators only.
+    """
+    if not torch.compiler.is_compiling():
+        increment_version(tensor)
 
 
 # ---- what comes out, without computing it ------------------------------------------------------
