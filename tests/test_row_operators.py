@@ -148,6 +148,11 @@ def operator_samples():
             (torch.tensor(1.0), x, target, weight, lse, 1, *mean),
             (torch.rand(3), x, target, none, lse, 1, *rows),
         ],
+        "cross_entropy_inplace": [(x, target, weight, 1, *mean)],
+        "cross_entropy_backward_": [
+            (torch.tensor(1.0), x.clone(), target, weight, lse, 1, *mean),
+            (torch.rand(3), x.T.contiguous().T, target, none, lse, 1, *rows),
+        ],
         "linear_cross_entropy": [
             (hidden, matrix, bias, target, weight, *mean),
             (hidden, matrix, none, target, none, *rows),

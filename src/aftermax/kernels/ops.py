@@ -163,22 +163,39 @@ def _setup_cross_entropy(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor])
 def _cross_entropy_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
     logits, target, weight, lse = ctx.saved_tensors
     if torch.is_grad_enabled():
-
-        def loss(logits: Tensor) -> Tensor:
-            rows = logits.movedim(ctx.dim, -1)
-            return reference.cross_entropy(
-                rows.reshape(target.numel(), -1).float(),
-                target.reshape(-1),
-                weight=weight if weight.numel() else None,
-                **_named(ctx.options),
-            )
-
-        (out,) = _through(loss, grad, logits)
+        out = _cross_entropy_graph(ctx, grad, logits, target, weight)
     else:
         out = torch.ops.aftermax.cross_entropy_backward(
             grad.contiguous(), logits, target, weight, lse, ctx.dim, *ctx.options
         )
     return (out, *(None,) * 7)
+
+
+def _cross_entropy_backward_inplace(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
+    logits, target, weight, lse = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the graph of the gradient needs the logits
+        return _cross_entropy_backward(ctx, grad, _)
+    out = logits.detach()
+    torch.ops.aftermax.cross_entropy_backward_(
+        grad.contiguous(), out, target, weight, lse, ctx.dim, *ctx.options
+    )
+    changed(out)
+    return (out, *(None,) * 7)
+
+
+def _cross_entropy_graph(
+    ctx: Any, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor
+) -> Tensor | None:
+    def loss(logits: Tensor) -> Tensor:
+        rows = logits.movedim(ctx.dim, -1)
+        return reference.cross_entropy(
+            rows.reshape(target.numel(), -1).float(),
+            target.reshape(-1),
+            weight=weight if weight.numel() else None,
+            **_named(ctx.options),
+        )
+
+    return _through(loss, grad, logits)[0]
 
 
 def _setup_linear(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -270,6 +287,18 @@ TABLE = {
         "(Tensor grad, Tensor logits, Tensor target, Tensor weight, Tensor lse, int dim,"
         f" {_CLASSES}) -> Tensor",
         _fresh_like_second,
+    ),
+    # the same loss, whose gradient takes the memory of the logits
+    "cross_entropy_inplace": Op(
+        f"(Tensor logits, Tensor target, Tensor weight, int dim, {_CLASSES}) -> (Tensor, Tensor)",
+        _fake_cross_entropy,
+        _setup_cross_entropy,
+        _cross_entropy_backward_inplace,
+    ),
+    "cross_entropy_backward_": Op(
+        "(Tensor grad, Tensor(a!) logits, Tensor target, Tensor weight, Tensor lse, int dim,"
+        f" {_CLASSES}) -> ()",
+        _nothing,
     ),
     "linear_cross_entropy": Op(
         "(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor class_weight,"

@@ -22,6 +22,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
     reduction: str = "mean",
+    inplace_backward: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """loss_i = (1 - s) w_t (lse_i - x_t) + s/C sum_k w_k (lse_i - x_k) + z lse_i^2
@@ -40,6 +41,12 @@ def cross_entropy(
             section 5); it is not the Z-loss of arXiv:1604.08859. 0 by default.
         reduction: "mean" (the first two terms over the sum of w_t, the last over the number of rows
             that count), "sum" or "none".
+        inplace_backward: write the gradient over the logits in the backward pass (the name is
+            flash-attn's). It saves a tensor of their size, and on a CPU most of the time, which
+            goes into the pages of fresh memory. The logits are gone then; what else needs them
+            backward raises torch's error for tensors modified in place. Where the kernels do not
+            run, under `torch.compile`, and where a graph of the gradient is asked for, the
+            gradient is a new tensor as ever.
         impl: "reference", "cpu", or None to pick.
 
     Returns:
@@ -47,7 +54,8 @@ def cross_entropy(
         mean over nothing is NaN, and so is the loss of a row that holds NaN or +inf.
 
     Raises:
-        ValueError: for shapes, a `reduction` or an `impl` that do not fit.
+        ValueError: for shapes, a `reduction` or an `impl` that do not fit, and for
+            `inplace_backward` on a leaf, whose values would be lost.
         IndexError: for a target that is no class.
 
     >>> logits = torch.tensor([[2.0, 0.0, 0.0]])
@@ -58,6 +66,11 @@ def cross_entropy(
     """
     check_options("cross_entropy", reduction, label_smoothing, lse_square_scale)
     dim = _check_shapes(input, target, weight)
+    if inplace_backward and input.is_leaf and input.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "cross_entropy: inplace_backward writes over the logits, and these are a leaf that wants"
+            " its gradient beside its values"
+        )
     kernel = use_kernels("cross_entropy", impl, PLAIN_IMPLS, input)
     options = (ignore_index, label_smoothing, lse_square_scale)
     if kernel and target.is_floating_point():
@@ -72,8 +85,10 @@ def cross_entropy(
             lse_square_scale=lse_square_scale,
             reduction=reduction,
         )
+    ops = torch.ops.aftermax
+    inplace = inplace_backward and not torch.compiler.is_compiling()  # which plans its own memory
     loss, _ = call(
-        torch.ops.aftermax.cross_entropy.default,
+        (ops.cross_entropy_inplace if inplace else ops.cross_entropy).default,
         input,
         target.contiguous(),
         class_weights(weight, input),

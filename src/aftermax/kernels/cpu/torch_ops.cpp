@@ -351,10 +351,8 @@ void cross_entropy(Value* stack, uint64_t, uint64_t) {
   stack[1] = lse.release();
 }
 
-// (grad, logits, target, weight, lse, dim, options...) -> grad of the logits
-void cross_entropy_backward(Value* stack, uint64_t, uint64_t) {
-  Tensor grad(stack[0]), logits(stack[1]), target(stack[2]), weight(stack[3]), lse(stack[4]);
-  Tensor out = empty_like(logits);
+void logits_gradient(const Tensor& logits, const Tensor& out, const Value* stack) {
+  Tensor grad(stack[0]), target(stack[2]), weight(stack[3]), lse(stack[4]);
   am_cross_entropy_backward a;
   a.dtype = dtype_of(logits);
   rows_of({&logits, &out}, {&a.logits, &a.out}, wrapped(integer(stack[5]), logits.dim), &a.shape);
@@ -362,7 +360,20 @@ void cross_entropy_backward(Value* stack, uint64_t, uint64_t) {
   a.grad = loss_grad(grad, a.classes.reduction, a.shape.rows);
   a.lse = saved_lse(lse, a.shape.rows);
   if (out.count > 0) ran(am_body()->cross_entropy_backward(&a, threads()));
+}
+
+// (grad, logits, target, weight, lse, dim, options...) -> grad of the logits
+void cross_entropy_backward(Value* stack, uint64_t, uint64_t) {
+  Tensor logits(stack[1]), out = empty_like(logits);
+  logits_gradient(logits, out, stack);
   stack[0] = out.release();
+}
+
+// (grad, logits, target, weight, lse, dim, options...) -> (), with the gradient where the logits were
+void cross_entropy_backward_(Value* stack, uint64_t, uint64_t) {
+  Tensor logits(stack[1]);
+  check_out(logits, logits);
+  logits_gradient(logits, logits, stack);
 }
 
 am_linear_cross_entropy linear(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& target,
@@ -478,6 +489,8 @@ const Op ops[] = {
     {"logsumexp_backward", logsumexp_backward},
     {"cross_entropy", cross_entropy},
     {"cross_entropy_backward", cross_entropy_backward},
+    {"cross_entropy_inplace", cross_entropy},
+    {"cross_entropy_backward_", cross_entropy_backward_},
     {"linear_cross_entropy", linear_cross_entropy},
     {"linear_cross_entropy_backward", linear_cross_entropy_backward},
     {"linear_cross_entropy_gradients", linear_cross_entropy_gradients},
