@@ -2,6 +2,7 @@
 
     aftermax compare standard
     aftermax export --to docs/results/standard.parquet
+    python benchmarks/rows.py --save docs/results/rows.json
     make figures
 
 What stands between `<!-- name -->` and `<!-- /name -->` in README.md and docs/*.md is written here;
@@ -15,6 +16,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import kernel_results
 import matplotlib
 from matplotlib import pyplot as plt
 
@@ -91,6 +93,11 @@ def systems_table(results: Results) -> str:
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
+    "row-targets": lambda _: kernel_results.row_targets(("avx512",)),
+    "row-targets-all": lambda _: kernel_results.row_targets(("avx512", "avx2")),
+    "row-algorithms": lambda _: kernel_results.row_algorithms(),
+    "row-memory": lambda _: kernel_results.row_memory(),
+    "row-machine": lambda _: kernel_results.row_machine(),
     "loss-table": loss_table,
     "verdicts": verdicts,
     "all-tables": all_tables,
@@ -129,8 +136,8 @@ def main() -> None:
     if not options.check:
         matplotlib.use("agg")
         with plt.style.context(plots.STYLE):
-            first = plots.row_maps()
-        plots.save({"row_maps": first} | plots.draw(results), DOCS / "figures")
+            ours = {"row_maps": plots.row_maps(), "row_lengths": kernel_results.row_lengths()}
+        plots.save(ours | plots.draw(results), DOCS / "figures")
 
 
 if __name__ == "__main__":

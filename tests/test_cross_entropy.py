@@ -633,5 +633,6 @@ def test_inplace_backward_compiles():
 
     leaf = normal(3, 4).requires_grad_()
     (expected,) = torch.autograd.grad(step(leaf), leaf)
-    (got,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(leaf), leaf)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(leaf), leaf)
     assert_close(got, expected)

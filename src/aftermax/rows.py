@@ -13,6 +13,7 @@ kernels; everywhere else on `aftermax.reference`. What the kernels do differentl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ MAX_DIMS = 64
 
 _AUTO = 0
 
-_forward = None if kernels.absent() else torch.ops.aftermax.softmax_forward.default
+_forward: Any = None if kernels.absent() else torch.ops.aftermax.softmax_forward.default
+_into: Any = None if kernels.absent() else torch.ops.aftermax.softmax_out.default
 
 
 def softmax(
@@ -163,7 +165,7 @@ def _softmax(
     differentiable = input.requires_grad and torch.is_grad_enabled()
     if (
         _forward is not None
-        and impl is dtype is out is None
+        and impl is dtype is None
         and not differentiable
         and input.dtype in KERNEL_DTYPES
         and input.is_cpu
@@ -172,7 +174,19 @@ def _softmax(
         and not transformed()
         and -input.ndim <= dim < input.ndim <= MAX_DIMS
     ):  # the usual call, before the checks that small inputs would pay for
-        return _forward(input, dim, log, EMPTIES.index(empty), _AUTO, 0)
+        options = (dim, log, EMPTIES.index(empty), _AUTO, 0)
+        if out is None:
+            return _forward(input, *options)
+        if (
+            out.shape == input.shape
+            and out.dtype is input.dtype
+            and out.is_cpu
+            and out.layout is torch.strided
+            and not (out.requires_grad and torch.is_grad_enabled())
+        ):
+            _into(input, out, *options)
+            changed(out)
+            return out
     _check_input(name, input, dtype)
     _check_dim(name, input, dim)
     if empty not in EMPTIES:
@@ -189,7 +203,7 @@ def _softmax(
     if out is None:
         op = torch.ops.aftermax.softmax if differentiable else torch.ops.aftermax.softmax_forward
         return op.default(input, *options)
-    torch.ops.aftermax.softmax_out.default(input, out, *options)
+    _into(input, out, *options)
     changed(out)
     return out
 

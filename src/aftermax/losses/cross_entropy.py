@@ -68,8 +68,8 @@ def cross_entropy(
     dim = _check_shapes(input, target, weight)
     if inplace_backward and input.is_leaf and input.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "cross_entropy: inplace_backward writes over the logits, and these are a leaf that wants"
-            " its gradient beside its values"
+            "cross_entropy: inplace_backward writes over the logits, and these are a leaf, which"
+            " wants its gradient beside its values"
         )
     kernel = use_kernels("cross_entropy", impl, PLAIN_IMPLS, input)
     options = (ignore_index, label_smoothing, lse_square_scale)
