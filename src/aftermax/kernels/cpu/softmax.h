@@ -82,9 +82,11 @@ struct Softmax {
   };
 
   // reload keeps e^x where its last pass finds it: in the result, or in scratch where the result is
-  // not float or should pass by the cache.
+  // not float, or should pass by a cache that has room for the scratch.
   bool reloads() const { return algorithm == AM_THREE_PASS_RELOAD && !log; }
-  bool through_scratch() const { return reloads() && (streamed || sizeof(T) != 4); }
+  bool through_scratch() const {
+    return reloads() && (sizeof(T) != 4 || (streamed && shape.length * 4 <= am_l2_bytes()));
+  }
   int64_t row_scratch() const { return through_scratch() ? shape.length : 0; }
   bool three_passes() const { return algorithm == AM_THREE_PASS_RECOMPUTE || algorithm == AM_THREE_PASS_RELOAD; }
   int phases() const { return three_passes() ? 3 : 2; }
@@ -187,7 +189,7 @@ struct Softmax {
         write_difference<false>(from, to, n, s.hi, s.lo);
     } else if (reloads()) {
       const float* from = stored(s, row, at, scratch);
-      if (streamed)
+      if (streamed && through_scratch())
         write_scaled<true>(from, to, n, factor);
       else
         write_scaled<false>(from, to, n, factor);
