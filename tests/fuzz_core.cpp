@@ -918,8 +918,32 @@ void try_memory(const am_body_table* body) {
   if (x.copy() != y.copy()) fail("the copy differs");
 }
 
+// Memory that says to be fresh is written another way, with the same result up to the order of sums.
+void try_fresh(const am_body_table* body) {
+  am_softmax a;
+  memset(&a, 0, sizeof a);
+  a.shape.dims = 1;
+  a.shape.length = pick<int64_t>({1000, 30000, 70000, 1 << 20, 1600000});
+  a.shape.rows = a.shape.size[0] = 1 + 1600000 / a.shape.length;
+  a.in.stride = a.out.stride = 1;
+  a.in.step[0] = a.out.step[0] = a.shape.length;
+  int64_t n = a.shape.rows * a.shape.length;
+  Array<float> x(n), y(n), z(n);
+  for (int64_t i = 0; i < n; ++i) x[i] = (float)(i * 7919 % 1000) / 100;
+  a.in.data = x.begin();
+  a.out.data = y.begin();
+  what += "softmax into given memory: " + describe(a.shape, a.out);
+  run({&y}, [&](am_parallel with) { return body->softmax(&a, with); });
+  what += ", into fresh memory";
+  a.out.data = z.begin();
+  a.out.fresh = n * 4;
+  run({&z}, [&](am_parallel with) { return body->softmax(&a, with); });
+  for (int64_t i = 0; i < n; ++i) check(z[i], y[i], y[i] * 2 * ULP, FORMATS[0], "z", i / a.shape.length, i % a.shape.length);
+}
+
 void try_something(const am_body_table* body, long round) {
   if (round % 3000 == 1000) return try_linear(body, true);
+  if (round % 500 == 250) return try_fresh(body);
   switch (below(13)) {
     case 0: case 1: case 2: case 3: return try_softmax(body);
     case 4: return try_softmax_backward(body);

@@ -612,7 +612,26 @@ def test_inplace_backward_is_refused_where_it_would_destroy_something():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    for view in (leaf.view(4, 3), leaf[:2], leaf.T):
+        with pytest.raises(ValueError, match=r"inplace_backward .* view of"):
+            _loss_in_place(view)
     assert _loss_in_place(leaf.detach()).isfinite()  # no gradient is wanted: nothing to destroy
+
+
+@needs_kernels
+def test_inplace_backward_makes_a_new_gradient_where_it_does_not_fit():
+    leaf = normal(1, 5).requires_grad_()
+    logits = (leaf * 1).expand(3, 5)
+    (got,) = torch.autograd.grad(_loss_in_place(logits), leaf)
+    (expected,) = torch.autograd.grad(cross_entropy(leaf.expand(3, 5), torch.arange(3)), leaf)
+    assert_close(got, expected)
+    leaf = normal(3, 5).requires_grad_()
+    many, x = torch.eye(3), leaf * 1
+    loss = _loss_in_place(x, reduction="none")
+    (got,) = torch.autograd.grad(loss, leaf, many, is_grads_batched=True)
+    loss = cross_entropy(leaf, torch.arange(3), reduction="none")
+    (expected,) = torch.autograd.grad(loss, leaf, many, is_grads_batched=True)
+    assert_close(got, expected)
 
 
 def test_inplace_backward_changes_nothing_but_memory():

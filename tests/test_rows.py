@@ -23,6 +23,7 @@ from .row_cases import (
     assert_gradient,
     assert_logsumexp,
     assert_same,
+    assert_softmax,
     expected_of,
     gradient_of,
     impls_of,
@@ -384,3 +385,16 @@ def test_two_threads_give_the_bits_of_one(body, set_threads, dtype):
             results.append((y, gradient_of(function, x, 1, g, impl=impl), *kept))
         for one, two in zip(*results, strict=True):
             assert_same(one, two)
+
+
+@pytest.mark.parametrize("first", [-INF, -100.0, -1e4, 200.0])
+def test_a_row_may_begin_with_what_is_far_from_the_rest(body, first):
+    # a sum takes the exponent of its first terms for that of all
+    for length in (700, 5000, 70000):
+        x = normal(2, length)
+        for count in (1, 128, 300):
+            x[:, :count] = first
+            assert_logsumexp(logsumexp(x, 1, impl="cpu"), x.double().logsumexp(1), x)
+            assert_softmax(
+                softmax(x, 1, impl="cpu-two-pass"), x.double().softmax(1), x, "cpu-two-pass"
+            )

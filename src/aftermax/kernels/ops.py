@@ -173,7 +173,11 @@ def _cross_entropy_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
 
 def _cross_entropy_backward_inplace(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
     logits, target, weight, lse = ctx.saved_tensors
-    if torch.is_grad_enabled():  # the graph of the gradient needs the logits
+    # a graph of the gradient needs the logits; many gradients at once, or elements that share their
+    # places, do not fit over them
+    expanded = torch._debug_has_internal_overlap(logits) == 1
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    if torch.is_grad_enabled() or batched or expanded:
         return _cross_entropy_backward(ctx, grad, _)
     out = logits.detach()
     torch.ops.aftermax.cross_entropy_backward_(

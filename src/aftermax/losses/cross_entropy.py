@@ -45,8 +45,9 @@ def cross_entropy(
             flash-attn's). It saves a tensor of their size, and on a CPU most of the time, which
             goes into the pages of fresh memory. The logits are gone then; what else needs them
             backward raises torch's error for tensors modified in place. Where the kernels do not
-            run, under `torch.compile`, and where a graph of the gradient is asked for, the
-            gradient is a new tensor as ever.
+            run, with probabilities as targets, for expanded logits, under `torch.compile`, and
+            where a graph of the gradient or many gradients at once are asked for, the gradient is
+            a new tensor as ever.
         impl: "reference", "cpu", or None to pick.
 
     Returns:
@@ -55,7 +56,7 @@ def cross_entropy(
 
     Raises:
         ValueError: for shapes, a `reduction` or an `impl` that do not fit, and for
-            `inplace_backward` on a leaf, whose values would be lost.
+            `inplace_backward` on a leaf or a view of one, whose values would be lost.
         IndexError: for a target that is no class.
 
     >>> logits = torch.tensor([[2.0, 0.0, 0.0]])
@@ -66,11 +67,6 @@ def cross_entropy(
     """
     check_options("cross_entropy", reduction, label_smoothing, lse_square_scale)
     dim = _check_shapes(input, target, weight)
-    if inplace_backward and input.is_leaf and input.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "cross_entropy: inplace_backward writes over the logits, and these are a leaf, which"
-            " wants its gradient beside its values"
-        )
     kernel = use_kernels("cross_entropy", impl, PLAIN_IMPLS, input)
     options = (ignore_index, label_smoothing, lse_square_scale)
     if kernel and target.is_floating_point():
@@ -87,6 +83,11 @@ def cross_entropy(
         )
     ops = torch.ops.aftermax
     inplace = inplace_backward and not torch.compiler.is_compiling()  # which plans its own memory
+    if inplace and torch.is_grad_enabled() and _lies_in_a_leaf(input):
+        raise ValueError(
+            "cross_entropy: inplace_backward writes over the logits, and these are a leaf, or a"
+            " view of one, which wants its gradient beside its values"
+        )
     loss, _ = call(
         (ops.cross_entropy_inplace if inplace else ops.cross_entropy).default,
         input,
@@ -124,6 +125,11 @@ def _soft_target(
     elif reduction == "sum":
         rows = rows.sum()
     return rows.to(input.dtype)
+
+
+def _lies_in_a_leaf(x: Tensor) -> bool:
+    whole = x._base if x._is_view() and x._base is not None else x
+    return whole.is_leaf and whole.requires_grad
 
 
 def call(op: Callable[..., Any], *inputs: Any) -> Any:

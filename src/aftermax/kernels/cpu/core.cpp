@@ -9,6 +9,7 @@
 #include <unistd.h>
 #endif
 #if defined(__linux__)
+#include <errno.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -126,14 +127,18 @@ int am_is_fresh(const void* data, int64_t bytes) {
 // for them, or to come from the host of a virtual machine, they cost many times as much: then they are
 // left alone for a while.
 void am_ask_for_pages(void* data, int64_t bytes) {
-  const int POPULATE_WRITE = 23;  // MADV_POPULATE_WRITE, from Linux 5.14; before, it changes nothing
-  int64_t begin = nanoseconds();
-  bool large = !large_pages_declined && begin >= large_pages_from.load(std::memory_order_relaxed);
+  const int POPULATE_WRITE = 23;  // MADV_POPULATE_WRITE, from Linux 5.14
+  static std::atomic<bool> unknown{false};
+  if (unknown.load(std::memory_order_relaxed)) return;
+  bool large = !large_pages_declined && nanoseconds() >= large_pages_from.load(std::memory_order_relaxed);
   if (large) madvise(data, (size_t)bytes, MADV_HUGEPAGE);
-  madvise(data, (size_t)bytes, POPULATE_WRITE);
-  if (!large) return;
+  int64_t begin = nanoseconds();
+  if (madvise(data, (size_t)bytes, POPULATE_WRITE) != 0 && errno == EINVAL) {
+    unknown.store(true, std::memory_order_relaxed);  // then nothing tells how long large pages take
+    return;
+  }
   int64_t end = nanoseconds();
-  if ((double)(end - begin) > SLOW_NANOSECONDS_PER_BYTE * (double)bytes)
+  if (large && (double)(end - begin) > SLOW_NANOSECONDS_PER_BYTE * (double)bytes)
     large_pages_from.store(end + PAUSE_NANOSECONDS, std::memory_order_relaxed);
 }
 #else

@@ -120,6 +120,7 @@ struct CrossEntropy {
 
   int64_t row_scratch() const { return 0; }
   int phases() const { return 1; }
+  bool turns() const { return false; }
   void open(State& s, int64_t row) const { s = {x + offset_of(shape, *in, row), {0, 0}, 0}; }
   Part part(int, const State& s, int64_t row, int64_t at, int64_t n, Scratch&) const {
     if (loss->ignored(first + row)) return {{0, 0}, 0};
@@ -186,6 +187,7 @@ struct CrossEntropyBackward {
 
   int64_t row_scratch() const { return 0; }
   int phases() const { return 1; }
+  bool turns() const { return false; }
   void open(State& s, int64_t row) const {
     s = {x + offset_of(shape, *in_at, row), out + offset_of(shape, *out_at, row)};
   }

@@ -99,20 +99,31 @@ static Sum sum_by_lanes(const T* x, int64_t n, float shift) {
   return {sum_of_lanes(scale(sum, e - set1(top))), top};
 }
 
-// The same without a look at every exponent: that of the first group stands for all of a piece. False
-// where others are so far above it that floats do not reach; nothing is lost far below it.
+// The same without a look at every exponent: that of the first group that is not hidden stands for all of a
+// piece. False where others are so far above it that floats do not reach, or where there is NaN; nothing is
+// lost far below it.
 //
 // The terms are coarse, with a factor of e^(n LN2_REST) each. Weighted by them, the mean of n is
 // log2 of the sum less the entropy of the weights, which is 0 to 15 bits for PIECE elements. Where one
 // term is all of the sum it is 0, so that much is taken out; what may be left is half a ULP.
+constexpr double FAR = 0x1p100;
+constexpr int GROUPS_BETWEEN_CHECKS = 16;
 template <class T>
 static bool sum_alike(const T* x, int64_t n, Sum* sum) {
   D total = zero();
-  F e = set1(-FLT_MAX);
+  float top = -INFINITY;
   int64_t i = 0;
-  for (int k = 0; k < GROUP; ++k) e = max(exp_pair<true>(load(x + k * W)).n, e);
-  e = whole(set1(max_of_lanes(e)));
   for (; i + STEP <= n; i += STEP) {
+    F p[GROUP];
+    for (int k = 0; k < GROUP; ++k) p[k] = load(x + i + k * W);
+    top = max_of_lanes(tree_max(p));
+    if (top != -INFINITY) break;
+    for (int k = 0; k < STEP; ++k)
+      if (to_float(x[i + k]) != -INFINITY) return false;  // NaN, which a maximum does not see
+  }
+  F e = whole(exp_pair<true>(set1(top)).n);
+  for (int group = 0; i + STEP <= n; i += STEP, ++group) {
+    if (group % GROUPS_BETWEEN_CHECKS == GROUPS_BETWEEN_CHECKS - 1 && !(sum_of_lanes(total) < FAR)) return false;
     prefetch_ahead(x + i);
     F p[GROUP];
     for (int k = 0; k < GROUP; ++k) {
@@ -126,7 +137,7 @@ static bool sum_alike(const T* x, int64_t n, Sum* sum) {
     total = total + widen(scale_any(a.p, a.n - e));
   });
   *sum = {sum_of_lanes(total), max_of_lanes(e)};
-  if (!(sum->s < 0x1p100)) return false;
+  if (!(sum->s < FAR)) return false;
   double rest = LN2_REST * (sum->e + ilogb(sum->s));
   sum->s *= 1 - rest + rest * rest / 2;  // e^(-rest), which is within 1e-3 of 1
   return true;
@@ -406,7 +417,8 @@ static inline am_place panel_place(float* rows, int64_t length) {
 //
 // An op has phases(), and for each phase part(phase, state, row, begin, length) on a piece of a row,
 // merge(phase, state, part) in order, and close(phase, state, row), which may end the row (true).
-// The last phase walks its pieces backwards: the end of a long row is what the cache still holds.
+// Where turns() says so, the last phase walks its pieces backwards: the end of a long row is what the cache
+// still holds. Fresh memory is not: its pages are asked for in order.
 template <class Op>
 static void walk_rows(const Op& op, int64_t begin, int64_t end, Scratch& scratch) {
   int64_t n = op.shape.length;
@@ -417,7 +429,7 @@ static void walk_rows(const Op& op, int64_t begin, int64_t end, Scratch& scratch
     for (int phase = 0; phase < phases; ++phase) {
       if (n <= PIECE) {
         op.merge(phase, state, op.part(phase, state, row, 0, n, scratch));
-      } else if (phase + 1 < phases) {
+      } else if (phase + 1 < phases || !op.turns()) {
         for (int64_t at = 0; at < n; at += PIECE)
           op.merge(phase, state, op.part(phase, state, row, at, n - at < PIECE ? n - at : PIECE, scratch));
       } else {

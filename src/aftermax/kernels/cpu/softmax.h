@@ -90,6 +90,7 @@ struct Softmax {
   int64_t row_scratch() const { return through_scratch() ? shape.length : 0; }
   bool three_passes() const { return algorithm == AM_THREE_PASS_RECOMPUTE || algorithm == AM_THREE_PASS_RELOAD; }
   int phases() const { return three_passes() ? 3 : 2; }
+  bool turns() const { return out->fresh == 0; }
   int first_to_write() const { return reloads() && !through_scratch() ? 1 : phases() - 1; }
 
   void open(State& s, int64_t row) const {
@@ -354,6 +355,7 @@ struct LogSumExp {
 
   int64_t row_scratch() const { return 0; }
   int phases() const { return 1; }
+  bool turns() const { return false; }
   void open(State& s, int64_t row) const {
     s.x = x + offset_of(shape, *in, row);
     s.sum = {0, 0};
@@ -433,6 +435,7 @@ struct SoftmaxBackward {
 
   int64_t row_scratch() const { return 0; }
   int phases() const { return 2; }
+  bool turns() const { return out_at->fresh == 0; }
   void open(State& s, int64_t row) const {
     s = {grad + offset_of(shape, *grad_at, row), y + offset_of(shape, *y_at, row),
          out + offset_of(shape, *out_at, row), 0};
@@ -523,6 +526,7 @@ struct LogSumExpBackward {
 
   int64_t row_scratch() const { return 0; }
   int phases() const { return 1; }
+  bool turns() const { return false; }
   void open(State& s, int64_t row) const {
     s = {x + offset_of(shape, *in_at, row), out + offset_of(shape, *out_at, row)};
   }

@@ -173,17 +173,35 @@ void rows_of(std::initializer_list<const Tensor*> tensors, std::initializer_list
   }
 }
 
-// Whether its elements lie apart for sure: every step is beyond all that smaller steps reach.
-bool spaced(const Tensor& t) {
-  int64_t order[AM_MAX_DIMS], dims = 0, reach = 0;
+// The dimensions with more than one element, by step.
+int64_t by_step(const Tensor& t, int64_t* order) {
+  int64_t dims = 0;
   for (int64_t d = 0; d < t.dim; ++d)
     if (t.sizes[d] > 1) order[dims++] = d;
   std::sort(order, order + dims, [&](int64_t a, int64_t b) { return t.strides[a] < t.strides[b]; });
+  return dims;
+}
+
+// Whether its elements lie apart for sure: every step is beyond all that smaller steps reach.
+bool spaced(const Tensor& t, const int64_t* order, int64_t dims) {
+  int64_t reach = 0;
   for (int64_t i = 0; i < dims; ++i) {
     if (t.strides[order[i]] <= reach) return false;
     reach += (t.sizes[order[i]] - 1) * t.strides[order[i]];
   }
   return true;
+}
+
+// Whether two tensors of the same sizes and steps, `delta` elements apart, share an element: whether delta is
+// a sum of whole multiples of the steps, each smaller than the size. Steps from the largest down; with
+// spaced steps only two multiples come near.
+bool meets(int64_t delta, const Tensor& t, const int64_t* order, int64_t dims) {
+  if (dims == 0) return delta == 0;
+  int64_t size = t.sizes[order[dims - 1]], step = t.strides[order[dims - 1]];
+  int64_t below = delta >= 0 ? delta / step : -((-delta + step - 1) / step);
+  for (int64_t many : {below, below + 1})
+    if (many > -size && many < size && meets(delta - many * step, t, order, dims - 1)) return true;
+  return false;
 }
 
 // Marks the places of the elements, from `low` on; false where one is marked already.
@@ -201,18 +219,30 @@ bool mark(const Tensor& t, const char* low, bool read_only, std::vector<bool>* m
 }
 
 void check_out(const Tensor& in, const Tensor& out) {
+  static const char* itself = "out has several elements in one place (it was expanded, or overlaps itself)";
+  static const char* input = "out overlaps the input; give the input itself, or memory of its own";
+  if (in.dtype != out.dtype) fail("out has another dtype than the input");
   const char *a, *b, *c, *d;
   in.extent(&a, &b);
   out.extent(&c, &d);
-  bool same = in.data == out.data && in.dim == out.dim;
-  for (int64_t k = 0; same && k < in.dim; ++k) same = in.sizes[k] <= 1 || in.strides[k] == out.strides[k];
-  bool apart = same || a >= d || c >= b;
-  if (out.count == 0 || (apart && spaced(out))) return;
-  // the usual cases are settled; of the others, tell for sure, element by element
+  int64_t order[AM_MAX_DIMS], dims = by_step(out, order);
+  bool alike = in.dim == out.dim;
+  for (int64_t k = 0; alike && k < in.dim; ++k)
+    alike = in.sizes[k] == out.sizes[k] && (in.sizes[k] <= 1 || in.strides[k] == out.strides[k]);
+  bool apart = a >= d || c >= b || (alike && a == c);
+  if (out.count == 0) return;
+  if (spaced(out, order, dims)) {
+    if (apart) return;
+    if (alike) {
+      if (meets((c - a) / out.bytes_each(), out, order, dims)) fail(input);
+      return;
+    }
+  }
+  // the usual cases are settled; of the others, tell element by element
   const char* low = apart || c < a ? c : a;
   std::vector<bool> marks((size_t)(((apart || d > b ? d : b) - low) / out.bytes_each()));
-  if (!mark(out, low, false, &marks)) fail("out has several elements in one place (it was expanded, or overlaps itself)");
-  if (!apart && !mark(in, low, true, &marks)) fail("out overlaps the input; give the input itself, or memory of its own");
+  if (!mark(out, low, false, &marks)) fail(itself);
+  if (!apart && !mark(in, low, true, &marks)) fail(input);
 }
 
 void ran(int failed) {
@@ -351,29 +381,39 @@ void cross_entropy(Value* stack, uint64_t, uint64_t) {
   stack[1] = lse.release();
 }
 
-void logits_gradient(const Tensor& logits, const Tensor& out, const Value* stack) {
-  Tensor grad(stack[0]), target(stack[2]), weight(stack[3]), lse(stack[4]);
-  am_cross_entropy_backward a;
-  a.dtype = dtype_of(logits);
-  rows_of({&logits, &out}, {&a.logits, &a.out}, wrapped(integer(stack[5]), logits.dim), &a.shape);
-  a.classes = classes_of(target, weight, stack + 6, a.shape.rows, a.shape.length);
-  a.grad = loss_grad(grad, a.classes.reduction, a.shape.rows);
-  a.lse = saved_lse(lse, a.shape.rows);
-  if (out.count > 0) ran(am_body()->cross_entropy_backward(&a, threads()));
-}
+// What both forms of the backward pass are given.
+struct LogitsGradient {
+  // all of them first: what stands on the stack is ours to release, whatever fails later
+  explicit LogitsGradient(const Value* stack)
+      : grad(stack[0]), logits(stack[1]), target(stack[2]), weight(stack[3]), lse(stack[4]), options(stack + 5) {}
+
+  void into(const Tensor& out) const {
+    am_cross_entropy_backward a;
+    a.dtype = dtype_of(logits);
+    rows_of({&logits, &out}, {&a.logits, &a.out}, wrapped(integer(options[0]), logits.dim), &a.shape);
+    a.classes = classes_of(target, weight, options + 1, a.shape.rows, a.shape.length);
+    a.grad = loss_grad(grad, a.classes.reduction, a.shape.rows);
+    a.lse = saved_lse(lse, a.shape.rows);
+    if (out.count > 0) ran(am_body()->cross_entropy_backward(&a, threads()));
+  }
+
+  Tensor grad, logits, target, weight, lse;
+  const Value* options;
+};
 
 // (grad, logits, target, weight, lse, dim, options...) -> grad of the logits
 void cross_entropy_backward(Value* stack, uint64_t, uint64_t) {
-  Tensor logits(stack[1]), out = empty_like(logits);
-  logits_gradient(logits, out, stack);
+  LogitsGradient gradient(stack);
+  Tensor out = empty_like(gradient.logits);
+  gradient.into(out);
   stack[0] = out.release();
 }
 
 // (grad, logits, target, weight, lse, dim, options...) -> (), with the gradient where the logits were
 void cross_entropy_backward_(Value* stack, uint64_t, uint64_t) {
-  Tensor logits(stack[1]);
-  check_out(logits, logits);
-  logits_gradient(logits, logits, stack);
+  LogitsGradient gradient(stack);
+  check_out(gradient.logits, gradient.logits);
+  gradient.into(gradient.logits);
 }
 
 am_linear_cross_entropy linear(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& target,
