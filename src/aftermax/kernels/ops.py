@@ -17,6 +17,8 @@ from torch.autograd.graph import increment_version
 
 from aftermax import reference
 
+functorch: Any = torch._C.__dict__["_functorch"]  # which its stubs leave out
+
 ALGORITHMS = ("auto", "three-pass-recompute", "three-pass-reload", "two-pass", "online")
 STORES = ("auto", "cached", "streamed")
 EMPTIES = ("nan", "zero")
@@ -175,8 +177,8 @@ def _cross_entropy_backward_inplace(ctx: Any, grad: Tensor, _: Tensor | None) ->
     logits, target, weight, lse = ctx.saved_tensors
     # a graph of the gradient needs the logits; many gradients at once, or elements that share their
     # places, do not fit over them
-    expanded = torch._debug_has_internal_overlap(logits) == 1
-    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    expanded = any(s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True))
+    batched = functorch.is_legacy_batchedtensor(grad)
     if torch.is_grad_enabled() or batched or expanded:
         return _cross_entropy_backward(ctx, grad, _)
     out = logits.detach()
