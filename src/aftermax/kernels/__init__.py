@@ -1,8 +1,8 @@
 """The compiled kernels: found, loaded and asked about here.
 
 The library is one file next to this one. Without it (a checkout that was not built) everything runs
-on the reference, and `absent()` says why. `AFTERMAX_ISA` = avx512, avx2 or portable forces the body
-of that name; a name that this processor cannot run raises when aftermax is imported.
+on the reference, and `absent()` says why. `AFTERMAX_ISA` = avx512bf16, avx512, avx2 or portable
+forces the body of that name; a name that this processor cannot run raises when aftermax is imported.
 `AFTERMAX_LIBRARY` names another library file (the sanitized build, say).
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 """The bodies that the library may hold, best first."""
 
 _FILES = ("libaftermax.so", "libaftermax.dylib")
@@ -30,7 +30,7 @@ def absent() -> str | None:
 
 
 def isa() -> str:
-    """The body in use: "avx512", "avx2" or "portable".
+    """The body in use: one of `ISAS`.
 
     Raises:
         RuntimeError: where there are no kernels.

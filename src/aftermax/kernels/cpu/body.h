@@ -2,6 +2,8 @@
 // AM_NAME, includes its vectors and then this.
 #pragma once
 #include "across.h"
+#include "attention.h"
+#include "attention_backward.h"
 #include "core.h"
 #include "cross_entropy.h"
 #include "linear_cross_entropy.h"
@@ -27,9 +29,11 @@ AM_BY_DTYPE(logsumexp_backward, am_logsumexp_backward)
 AM_BY_DTYPE(cross_entropy, am_cross_entropy)
 AM_BY_DTYPE(cross_entropy_backward, am_cross_entropy_backward)
 AM_BY_DTYPE(linear_cross_entropy, am_linear_cross_entropy)
+AM_BY_DTYPE(attention, am_attention)
 #undef AM_DTYPE_OF
 #define AM_DTYPE_OF(a) (a)->forward.dtype
 AM_BY_DTYPE(linear_cross_entropy_backward, am_linear_cross_entropy_backward)
+AM_BY_DTYPE(attention_backward, am_attention_backward)
 #undef AM_DTYPE_OF
 
 // The yardstick of the benchmarks: the loops of the kernels without their arithmetic.
@@ -62,6 +66,9 @@ const am_body_table body = {
     linear_cross_entropy_backward,
     memory,
     linear_cross_entropy_gradients,
+    attention,
+    attention_backward,
+    count_visible,
 };
 
 }  // namespace AM_ISA

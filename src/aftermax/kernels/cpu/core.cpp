@@ -20,29 +20,45 @@ namespace aftermax_portable { extern const am_body_table body; }
 #if defined(AM_X86)
 namespace aftermax_avx2 { extern const am_body_table body; }
 namespace aftermax_avx512 { extern const am_body_table body; }
+namespace aftermax_avx512bf16 { extern const am_body_table body; }
 #endif
 
 namespace {
 
-const am_body_table* find(const char* name, int* known) {
-  *known = strcmp(name, "portable") == 0 || strcmp(name, "avx2") == 0 || strcmp(name, "avx512") == 0;
-  if (strcmp(name, "portable") == 0) return &aftermax_portable::body;
+struct Body {
+  const char* name;
+  bool runs;
+  const am_body_table* table;
+};
+
+// Best first.
+const Body* bodies(int* count) {
 #if defined(AM_X86)
   __builtin_cpu_init();
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && strcmp(name, "avx512") == 0) return &aftermax_avx512::body;
-  if (avx2 && strcmp(name, "avx2") == 0) return &aftermax_avx2::body;
+  static const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  static const Body all[] = {{"avx512bf16", bf16, &aftermax_avx512bf16::body},
+                             {"avx512", avx512, &aftermax_avx512::body},
+                             {"avx2", avx2, &aftermax_avx2::body},
+                             {"portable", true, &aftermax_portable::body}};
+#else
+  static const Body all[] = {{"avx512bf16", false, nullptr},
+                             {"avx512", false, nullptr},
+                             {"avx2", false, nullptr},
+                             {"portable", true, &aftermax_portable::body}};
 #endif
-  return nullptr;
+  *count = (int)(sizeof(all) / sizeof(all[0]));
+  return all;
 }
 
 const am_body_table* best() {
-  int known;
-  const am_body_table* body = find("avx512", &known);
-  if (!body) body = find("avx2", &known);
-  return body ? body : &aftermax_portable::body;
+  int count;
+  const Body* body = bodies(&count);
+  while (!body->runs) ++body;
+  return body->table;
 }
 
 const am_body_table* in_use = best();
@@ -84,11 +100,15 @@ const int64_t l3 = cache_bytes(3, 0);
 const am_body_table* am_body(void) { return in_use; }
 const char* am_isa(void) { return in_use->name; }
 int am_use_isa(const char* name) {
-  int known;
-  const am_body_table* body = find(name, &known);
-  if (!body) return known ? 2 : 1;
-  in_use = body;
-  return 0;
+  int count;
+  const Body* body = bodies(&count);
+  for (int i = 0; i < count; ++i) {
+    if (strcmp(name, body[i].name) != 0) continue;
+    if (!body[i].runs) return 2;
+    in_use = body[i].table;
+    return 0;
+  }
+  return 1;
 }
 int64_t am_l2_bytes(void) { return l2; }
 int64_t am_last_level_bytes(void) { return l3 > l2 ? l3 : l2; }

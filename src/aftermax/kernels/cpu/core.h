@@ -143,6 +143,81 @@ typedef struct {
   void *grad_hidden, *grad_weight, *grad_bias;  // contiguous, in dtype; null where not wanted
 } am_linear_cross_entropy_backward;
 
+// ---- attention ---------------------------------------------------------------------------------
+
+// Rows of heads: a width of elements side by side, and the steps from one batch, head and row to the next.
+typedef struct {
+  void* data;
+  int64_t step[3];
+} am_heads;
+
+// A float for each row, rows side by side; steps from one batch and head to the next. May be null.
+typedef struct {
+  const float* data;
+  int64_t step[2];
+} am_per_row;
+
+typedef enum { AM_NO_MASK = 0, AM_MASK_BOOL = 1, AM_MASK_FLOAT = 2 } am_mask_kind;
+
+// What query i may see, and what is added to its scores. All parts restrict together.
+typedef struct {
+  int32_t causal;          // key j only if j <= i + offset
+  int64_t offset, window;  // key j only if |i + offset - j| < window, where window > 0
+  am_mask_kind kind;
+  const void* mask;        // bool (not 0 = may be seen), or float32 that is added to the scores
+  int64_t mask_step[4];    // batch, head, query, key
+  float hidden_below;      // a float mask up to this hides
+  const float* slopes;     // of each head: -slope |i + offset - j| is added; may be null
+  // scores become stretch[j - i - offset + zero] s + shift[same]; may be null, both
+  const float *stretch, *shift;
+  int64_t zero;
+} am_visible;
+
+// How many keys each query may see: (batch, heads, queries).
+typedef struct {
+  int64_t batch, heads, queries, keys;
+  am_visible visible;
+  float* out;
+} am_count;
+
+// How scores s become weights. N is the number of keys that the row sees.
+typedef enum {
+  AM_MAP_SOFTMAX = 0,   // e^s / (e^sink + sum e^s); without sink, no such term
+  AM_MAP_SIGMOID = 1,   // 1 / (1 + e^-(s + row_bias))
+  AM_MAP_RELU = 2,      // max(s, 0)^power row_weight
+  AM_MAP_SOFTPLUS = 3,  // f / sum f, f = ln(1 + e^s)
+  AM_MAP_LSSAR = 4,     // r^p / sum r^p, r = max(f - mean f, 0); no mean is taken off in rows with N <= 3
+  AM_MAP_CLIPPED = 5,   // softmax p becomes min(max(row_stretch p + row_bias, 0), 1)
+} am_row_map;
+
+enum { AM_STATS = 4 };
+
+typedef struct {
+  int64_t batch, heads, kv_heads, queries, keys, width, value_width;
+  am_dtype dtype;
+  am_heads query, key, value, out;
+  am_visible visible;
+  am_row_map map;
+  int32_t cosine;  // 1: queries and keys are divided by their length first
+  float scale;     // of the scores
+  am_per_row row_scale;   // also of the scores
+  am_per_row row_bias;    // sigmoid, clipped
+  am_per_row row_weight;  // relu; clipped: the stretch
+  am_per_row row_power;   // lssar, in place of `power`
+  am_per_row count;       // lssar: N
+  const float* sink;      // softmax: of each head
+  float power;
+  float* stats;  // AM_STATS for each row of each head, for the backward pass; may be null
+  float* extra;  // lssar and clipped: a second weighted sum of the values, (batch, heads, queries, value_width); may be null
+} am_attention;
+
+typedef struct {
+  am_attention forward;  // out, stats and extra hold what the forward pass left
+  am_heads grad;         // of out, in dtype
+  am_heads grad_query, grad_key, grad_value;  // in dtype
+  float* grad_row_scale;  // (batch, heads, queries); may be null
+} am_attention_backward;
+
 // Returns 0, or 1 where scratch memory could not be had (then nothing was written).
 typedef struct {
   const char* name;
@@ -158,6 +233,9 @@ typedef struct {
   int (*memory)(const float* x, float* y, int64_t n, am_parallel);
   // loss, lse and gradients in one go: for float32, AM_MEAN and AM_SUM; `grad` is not read (1 is meant)
   int (*linear_cross_entropy_gradients)(const am_linear_cross_entropy_backward*, am_parallel);
+  int (*attention)(const am_attention*, am_parallel);
+  int (*attention_backward)(const am_attention_backward*, am_parallel);
+  int (*count)(const am_count*, am_parallel);
 } am_body_table;
 
 #if defined(__GNUC__)
@@ -168,7 +246,7 @@ typedef struct {
 
 // The body in use. Picked when the library is loaded: the best that the processor has.
 AM_EXPORT const am_body_table* am_body(void);
-// Its name: "avx512", "avx2" or "portable".
+// Its name: "avx512bf16", "avx512", "avx2" or "portable".
 AM_EXPORT const char* am_isa(void);
 // Switches to the body of that name. Returns 0, 1 where no body has that name, 2 where the processor
 // (or the build) lacks it. Not while a kernel runs.

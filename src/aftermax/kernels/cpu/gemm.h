@@ -14,24 +14,38 @@ constexpr int64_t DEPTH = 256;
 
 static inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// C (TILE_ROWS x TILE_COLUMNS, rows c_step apart) gets A B, added to what it holds or in its place. The
+// What the words of a panel are: floats, or where the processor multiplies them, pairs of bfloat16, two
+// neighbours along the inner sum in one word. Everything is stored as float, whatever its bits mean.
+struct Singles {
+  static constexpr int IN_WORD = 1;
+  static inline F add_product(F a, F b, F c) { return fma(a, b, c); }
+};
+#if defined(AM_PAIRS)
+struct Pairs {
+  static constexpr int IN_WORD = 2;
+  static inline F add_product(F a, F b, F c) { return add_product_of_pairs(a, b, c); }
+};
+#endif
+
+// C (TILE_ROWS x VECTORS W, rows c_step apart) gets A B, added to what it holds or in its place. The
 // sum over `depth` starts from 0: a long sum made of many of them does not grow its error with each term.
-// A(i, k) lies at a[i a_row + k a_depth]; B(k, j) at b[k TILE_COLUMNS + j].
+// A(i, k) lies at a[i a_row + k a_depth]; B(k, j) at b[k b_step + j].
+template <class Words = Singles, int VECTORS = 2>
 static inline void multiply_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t depth,
-                                 float* c, int64_t c_step, bool add) {
-  F sum[TILE_ROWS][2];
+                                 float* c, int64_t c_step, bool add, int64_t b_step = TILE_COLUMNS) {
+  F sum[TILE_ROWS][VECTORS];
   for (int i = 0; i < TILE_ROWS; ++i)
-    for (int j = 0; j < 2; ++j) sum[i][j] = set1(0);
+    for (int j = 0; j < VECTORS; ++j) sum[i][j] = set1(0);
   for (int64_t k = 0; k < depth; ++k) {
-    F b0 = load(b + k * TILE_COLUMNS), b1 = load(b + k * TILE_COLUMNS + W);
+    F right[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) right[j] = load(b + k * b_step + j * W);
     for (int i = 0; i < TILE_ROWS; ++i) {
       F factor = set1(a[i * a_row + k * a_depth]);
-      sum[i][0] = fma(factor, b0, sum[i][0]);
-      sum[i][1] = fma(factor, b1, sum[i][1]);
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] = Words::add_product(factor, right[j], sum[i][j]);
     }
   }
   for (int i = 0; i < TILE_ROWS; ++i)
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < VECTORS; ++j) {
       float* to = c + i * c_step + j * W;
       store(to, add ? load(to) + sum[i][j] : sum[i][j]);
     }

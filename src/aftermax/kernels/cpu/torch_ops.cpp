@@ -70,6 +70,7 @@ class Tensor {
   }
   int64_t bytes_each() const {
     if (is(torch.aoti_torch_dtype_float64()) || is(torch.aoti_torch_dtype_int64())) return 8;
+    if (is(torch.aoti_torch_dtype_bool())) return 1;
     return is(torch.aoti_torch_dtype_float32()) ? 4 : 2;
   }
   // first and last byte that it may touch
@@ -96,13 +97,8 @@ class Tensor {
   Handle handle_;
 };
 
-// A new contiguous tensor. Most of what a large one costs is its pages.
-Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
-  int64_t strides[AM_MAX_DIMS], step = 1;
-  for (int64_t d = dim - 1; d >= 0; --d) {
-    strides[d] = step;
-    step *= sizes[d] > 0 ? sizes[d] : 1;
-  }
+// A new tensor. Most of what a large one costs is its pages.
+Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   Handle h;
   check(torch.aoti_torch_empty_strided(dim, sizes, strides, dtype, torch.aoti_torch_device_type_cpu(), 0, &h),
         "allocate a result");
@@ -110,6 +106,14 @@ Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
   int64_t bytes = t.count * t.bytes_each();
   if (am_is_fresh(t.data, bytes)) t.fresh = bytes;
   return t;
+}
+Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
+  int64_t strides[AM_MAX_DIMS], step = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  return empty_strided(dim, sizes, strides, dtype);
 }
 Tensor empty_like(const Tensor& t) { return empty(t.dim, t.sizes, t.dtype); }
 
@@ -516,6 +520,205 @@ void linear_cross_entropy_gradients(Value* stack, uint64_t, uint64_t) {
   out.release(stack + 2);
 }
 
+// ---- attention ---------------------------------------------------------------------------------
+
+// (batch, heads, rows, width) as the tensor lies in memory.
+am_heads heads_of(const Tensor& t) {
+  if (t.dim != 4 || (t.sizes[3] > 1 && t.strides[3] != 1)) fail("heads must be (B, H, T, D) with unit stride");
+  return {t.data, {t.strides[0], t.strides[1], t.strides[2]}};
+}
+
+// A new tensor (batch, heads, rows, width) with its tokens before its heads in memory, if `like` has them so.
+Tensor empty_heads(const Tensor& like, const int64_t* sizes) {
+  int64_t strides[4], order[4] = {0, 1, 2, 3}, step = 1;
+  if (like.sizes[1] > 1 && like.sizes[2] > 1 && like.strides[1] < like.strides[2]) std::swap(order[1], order[2]);
+  for (int i = 3; i >= 0; --i) {
+    strides[order[i]] = step;
+    step *= sizes[order[i]] > 0 ? sizes[order[i]] : 1;
+  }
+  return empty_strided(4, sizes, strides, like.dtype);
+}
+
+am_per_row per_row(const Tensor& t, const char* name) {
+  if (t.count == 0) return {nullptr, {0, 0}};
+  if (!t.is(torch.aoti_torch_dtype_float32()) || t.dim != 3 || (t.sizes[2] > 1 && t.strides[2] != 1))
+    fail(std::string(name) + " must be float32 (B, H, T) with unit stride");
+  return {(const float*)t.data, {t.strides[0], t.strides[1]}};
+}
+
+// What comes before all options: the tensors of a call, those that are not there with 0 elements.
+enum { QUERY, KEY, VALUE, MASK, SLOPES, DISTANCE, ROW_SCALE, ROW_BIAS, ROW_WEIGHT, ROW_POWER, COUNT, SINK, TENSORS };
+enum { MAP, COSINE, CAUSAL, OFFSET, WINDOW, HIDDEN_BELOW, ZERO, SCALE, POWER, OPTIONS };
+
+am_visible visible_of(const Tensor& mask, const Tensor& slopes, const Tensor& distance, const Value* options) {
+  am_visible v;
+  memset(&v, 0, sizeof v);
+  v.causal = truth(options[CAUSAL]);
+  v.offset = integer(options[OFFSET]);
+  v.window = integer(options[WINDOW]);
+  v.hidden_below = (float)real(options[HIDDEN_BELOW]);
+  if (mask.count > 0) {
+    bool numbers = mask.is(torch.aoti_torch_dtype_float32());
+    if (mask.dim != 4 || !(numbers || mask.is(torch.aoti_torch_dtype_bool()))) fail("mask must be bool or float32 (B, H, Tq, Tk)");
+    v.kind = numbers ? AM_MASK_FLOAT : AM_MASK_BOOL;
+    v.mask = mask.data;
+    for (int d = 0; d < 4; ++d) v.mask_step[d] = mask.sizes[d] == 1 ? 0 : mask.strides[d];
+  }
+  auto floats = [](const Tensor& t, const char* name) {
+    if (!t.is(torch.aoti_torch_dtype_float32()) || !t.contiguous()) fail(std::string(name) + " must be contiguous float32");
+    return (const float*)t.data;
+  };
+  if (slopes.count > 0) v.slopes = floats(slopes, "slopes");
+  if (distance.count > 0) {
+    v.stretch = floats(distance, "distance");
+    v.shift = v.stretch + distance.count / 2;
+    v.zero = integer(options[ZERO]);
+  }
+  return v;
+}
+
+// The tensors of a call, from the stack, and the call itself without its results.
+struct Attention {
+  explicit Attention(const Value* stack)
+      : query(stack[QUERY]), key(stack[KEY]), value(stack[VALUE]), mask(stack[MASK]), slopes(stack[SLOPES]),
+        distance(stack[DISTANCE]), row_scale(stack[ROW_SCALE]), row_bias(stack[ROW_BIAS]), row_weight(stack[ROW_WEIGHT]),
+        row_power(stack[ROW_POWER]), count(stack[COUNT]), sink(stack[SINK]) {}
+
+  am_attention call(const Value* options) const {
+    am_attention a;
+    memset(&a, 0, sizeof a);
+    a.query = heads_of(query);
+    a.key = heads_of(key);
+    a.value = heads_of(value);
+    a.dtype = dtype_of(query);
+    a.batch = query.sizes[0];
+    a.heads = query.sizes[1];
+    a.queries = query.sizes[2];
+    a.width = query.sizes[3];
+    a.kv_heads = key.sizes[1];
+    a.keys = key.sizes[2];
+    a.value_width = value.sizes[3];
+    if (!key.is(query.dtype) || !value.is(query.dtype)) fail("query, key and value must have one dtype");
+    if (key.sizes[0] != a.batch || value.sizes[0] != a.batch || value.sizes[1] != a.kv_heads || value.sizes[2] != a.keys ||
+        key.sizes[3] != a.width || a.kv_heads == 0 || a.heads % a.kv_heads != 0)
+      fail("query, key and value do not fit each other");
+    if (a.width == 0 || a.value_width == 0) fail("heads without a width");
+    a.visible = visible_of(mask, slopes, distance, options);
+    if (mask.count > 0 && !fits(mask, {a.batch, a.heads, a.queries, a.keys})) fail("mask does not fit the scores");
+    if (slopes.count > 0 && slopes.count != a.heads) fail("there must be one slope for each head");
+    if (distance.count > 0 && (distance.count != 2 * (a.queries - 1 + a.visible.offset + a.keys) ||
+                               a.visible.zero != a.queries - 1 + a.visible.offset))
+      fail("distance must hold two numbers for each distance");
+    a.map = (am_row_map)integer(options[MAP]);
+    if (a.map < AM_MAP_SOFTMAX || a.map > AM_MAP_CLIPPED) fail("no such row map");
+    a.cosine = truth(options[COSINE]);
+    a.scale = (float)real(options[SCALE]);
+    a.power = (float)real(options[POWER]);
+    a.row_scale = per_row(row_scale, "row_scale");
+    a.row_bias = per_row(row_bias, "row_bias");
+    a.row_weight = per_row(row_weight, "row_weight");
+    a.row_power = per_row(row_power, "row_power");
+    a.count = per_row(count, "count");
+    for (const Tensor* t : {&row_scale, &row_bias, &row_weight, &row_power, &count})
+      if (t->count > 0 && !(t->sizes[0] == a.batch && t->sizes[1] == a.heads && t->sizes[2] == a.queries))
+        fail("what belongs to rows must be (B, H, T)");
+    if (a.map == AM_MAP_LSSAR && !a.count.data) fail("lssar needs the count of each row");
+    if (sink.count > 0) {
+      if (!sink.is(torch.aoti_torch_dtype_float32()) || !sink.contiguous() || sink.count != a.heads)
+        fail("sink must be contiguous float32, one number for each head");
+      a.sink = (const float*)sink.data;
+    }
+    return a;
+  }
+  bool needs_extra(const am_attention& a) const { return a.map == AM_MAP_LSSAR || a.map == AM_MAP_CLIPPED; }
+
+  static bool fits(const Tensor& t, std::initializer_list<int64_t> sizes) {
+    int64_t d = 0;
+    for (int64_t size : sizes) {
+      if (t.sizes[d] != size && t.sizes[d] != 1) return false;
+      ++d;
+    }
+    return true;
+  }
+
+  Tensor query, key, value, mask, slopes, distance, row_scale, row_bias, row_weight, row_power, count, sink;
+};
+
+// (tensors..., options...) -> out, stats, extra; stats and extra are for the backward pass
+template <bool ForBackward>
+void attention(Value* stack, uint64_t, uint64_t) {
+  Attention of(stack);
+  am_attention a = of.call(stack + TENSORS);
+  const int64_t sizes[] = {a.batch, a.heads, a.queries, a.value_width}, stat_sizes[] = {a.batch, a.heads, a.queries, AM_STATS};
+  const int64_t none = 0;
+  int32_t floats = torch.aoti_torch_dtype_float32();
+  Tensor out = empty_heads(of.query, sizes);
+  Tensor stats = ForBackward ? empty(4, stat_sizes, floats) : empty(1, &none, floats);
+  Tensor extra = ForBackward && of.needs_extra(a) ? empty(4, sizes, floats) : empty(1, &none, floats);
+  a.out = heads_of(out);
+  a.stats = stats.count > 0 ? (float*)stats.data : nullptr;
+  a.extra = extra.count > 0 ? (float*)extra.data : nullptr;
+  if (out.count > 0) ran(am_body()->attention(&a, threads()));
+  stack[0] = out.release();
+  if (!ForBackward) return;
+  stack[1] = stats.release();
+  stack[2] = extra.release();
+}
+
+// (grad, out, stats, extra, tensors..., options...) -> grad of query, key, value, row_scale
+void attention_backward(Value* stack, uint64_t, uint64_t) {
+  Tensor grad(stack[0]), out(stack[1]), stats(stack[2]), extra(stack[3]);
+  Attention of(stack + 4);
+  am_attention_backward b;
+  b.forward = of.call(stack + 4 + TENSORS);
+  const am_attention& a = b.forward;
+  int64_t rows = a.batch * a.heads * a.queries, none = 0;
+  auto wide = [&](const Tensor& t) {
+    return t.dim == 4 && t.sizes[0] == a.batch && t.sizes[1] == a.heads && t.sizes[2] == a.queries && t.sizes[3] == a.value_width;
+  };
+  if (!wide(grad) || !wide(out) || !grad.is(of.query.dtype) || !out.is(of.query.dtype)) fail("grad does not fit the result");
+  if (stats.count != rows * AM_STATS || !stats.contiguous()) fail("stats do not fit");
+  if (of.needs_extra(a) && (extra.count != rows * a.value_width || !extra.contiguous())) fail("extra does not fit");
+  b.forward.out = heads_of(out);
+  b.forward.stats = (float*)stats.data;
+  b.forward.extra = extra.count > 0 ? (float*)extra.data : nullptr;
+  b.grad = heads_of(grad);
+  Tensor of_query = empty_heads(of.query, of.query.sizes), of_key = empty_heads(of.key, of.key.sizes);
+  Tensor of_value = empty_heads(of.value, of.value.sizes);
+  const int64_t row_sizes[] = {a.batch, a.heads, a.queries};
+  bool scaled = of.row_scale.count > 0;
+  Tensor of_scale = empty(scaled ? 3 : 1, scaled ? row_sizes : &none, torch.aoti_torch_dtype_float32());
+  b.grad_query = heads_of(of_query);
+  b.grad_key = heads_of(of_key);
+  b.grad_value = heads_of(of_value);
+  b.grad_row_scale = scaled ? (float*)of_scale.data : nullptr;
+  ran(am_body()->attention_backward(&b, threads()));
+  stack[0] = of_query.release();
+  stack[1] = of_key.release();
+  stack[2] = of_value.release();
+  stack[3] = of_scale.release();
+}
+
+// (mask, causal, offset, window, hidden_below, batch, heads, queries, keys) -> float32 (batch, heads, queries)
+void count_visible(Value* stack, uint64_t, uint64_t) {
+  Tensor mask(stack[0]);
+  const int64_t none = 0;
+  Tensor nothing = empty(1, &none, torch.aoti_torch_dtype_float32());
+  Value options[OPTIONS] = {};
+  options[CAUSAL] = stack[1];
+  options[OFFSET] = stack[2];
+  options[WINDOW] = stack[3];
+  options[HIDDEN_BELOW] = stack[4];
+  am_count c = {integer(stack[5]), integer(stack[6]), integer(stack[7]), integer(stack[8]),
+                visible_of(mask, nothing, nothing, options), nullptr};
+  if (mask.count > 0 && !Attention::fits(mask, {c.batch, c.heads, c.queries, c.keys})) fail("mask does not fit the scores");
+  const int64_t sizes[] = {c.batch, c.heads, c.queries};
+  Tensor out = empty(3, sizes, torch.aoti_torch_dtype_float32());
+  c.out = (float*)out.data;
+  ran(am_body()->count(&c, threads()));
+  stack[0] = out.release();
+}
+
 struct Op {
   const char* name;
   Boxed run;
@@ -534,6 +737,10 @@ const Op ops[] = {
     {"linear_cross_entropy", linear_cross_entropy},
     {"linear_cross_entropy_backward", linear_cross_entropy_backward},
     {"linear_cross_entropy_gradients", linear_cross_entropy_gradients},
+    {"attention", attention<true>},
+    {"attention_forward", attention<false>},
+    {"attention_backward", attention_backward},
+    {"count_visible", count_visible},
 };
 
 #if defined(__APPLE__)

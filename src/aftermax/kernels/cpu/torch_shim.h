@@ -33,6 +33,7 @@ constexpr uint64_t TORCH_2_10 = (2ULL << 56) | (10ULL << 48);
   X(aoti_torch_dtype_float64, int32_t, ())                                                            \
   X(aoti_torch_dtype_bfloat16, int32_t, ())                                                           \
   X(aoti_torch_dtype_float16, int32_t, ())                                                            \
+  X(aoti_torch_dtype_bool, int32_t, ())                                                               \
   X(aoti_torch_dtype_int64, int32_t, ())                                                              \
   X(torch_parallel_for, int32_t, (int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*)) \
   X(torch_get_num_threads, int32_t, (uint32_t*))

@@ -41,6 +41,11 @@ static inline F scale(F a, F n) {
 }
 // The same where n may be above: then at least a 2^127.
 static inline F scale_any(F a, F n) { return scale(a, min(set1(127.0f), n)); }
+// The same for a near 1 or above: infinity from n = 128 on.
+static inline F scale_up(F a, F n) {
+  __m256 above = _mm256_cmp_ps(n.v, _mm256_set1_ps(127.0f), _CMP_GT_OQ);
+  return scale_any(a, n) * F{_mm256_blendv_ps(_mm256_set1_ps(1), _mm256_set1_ps(0x1p127f), above)};
+}
 
 // x - n ln 2, with ln 2 in two parts: LN2_REST is the second one.
 constexpr float LN2_REST = -0x1.05C61p-29f;
@@ -155,6 +160,27 @@ static inline void transpose(F* v) {
     v[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
     v[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
   }
+}
+
+static inline F divide(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+static inline F absolute(F a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+// x < y ? a : b; b where x is NaN.
+static inline F select_below(F x, F y, F a, F b) {
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_LT_OQ))};
+}
+// x = m 2^k with m in [sqrt(1/2), sqrt(2)), for x > 0 and not subnormal. Returns k.
+static inline F split_exponent(F x, F* m) {
+  const __m256i half = _mm256_set1_epi32(0x3f3504f3);  // sqrt(1/2)
+  __m256i k = _mm256_srai_epi32(_mm256_sub_epi32(_mm256_castps_si256(x.v), half), 23);
+  *m = {_mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(x.v), _mm256_slli_epi32(k, 23)))};
+  return {_mm256_cvtepi32_ps(k)};
+}
+// 0, 1, 2 ...
+static inline F lane_numbers() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+// a where the byte of a lane is not 0, else b.
+static inline F where_set(const uint8_t* bytes, F a, F b) {
+  __m256i m = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
+  return {_mm256_blendv_ps(a.v, b.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(m, _mm256_setzero_si256())))};
 }
 
 static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }

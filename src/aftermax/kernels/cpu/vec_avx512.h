@@ -29,6 +29,8 @@ static inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline F scale(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // The same where n may be above: then at least a 2^127.
 static inline F scale_any(F a, F n) { return scale(a, n); }
+// The same for a near 1 or above: infinity from n = 128 on.
+static inline F scale_up(F a, F n) { return scale(a, n); }
 static inline bool any_greater(F a, F b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
 }
@@ -156,6 +158,42 @@ static inline void transpose(F* v) {
     v[i + 8].v = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
   }
 }
+
+static inline F divide(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+static inline F absolute(F a) { return {_mm512_abs_ps(a.v)}; }
+// x < y ? a : b; b where x is NaN.
+static inline F select_below(F x, F y, F a, F b) {
+  return {_mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), a.v)};
+}
+// x = m 2^k with m in [sqrt(1/2), sqrt(2)), for x > 0 and not subnormal. Returns k.
+static inline F split_exponent(F x, F* m) {
+  F k = {_mm512_getexp_ps(_mm512_mul_ps(x.v, _mm512_set1_ps(0x1.6a09e6p-1f)))};
+  k = k + set1(1);  // m in [1/2, 1) sqrt(2)
+  *m = {_mm512_scalef_ps(x.v, _mm512_sub_ps(_mm512_setzero_ps(), k.v))};
+  return k;
+}
+// 0, 1, 2 ...
+static inline F lane_numbers() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
+// a where the byte of a lane is not 0, else b.
+static inline F where_set(const uint8_t* bytes, F a, F b) {
+  __m128i m = _mm_loadu_si128((const __m128i*)bytes);
+  return {_mm512_mask_mov_ps(b.v, _mm_test_epi8_mask(m, m), a.v)};
+}
+
+#if defined(AM_PAIRS)
+// A word is two bfloat16, the first one in its lower half: c + a0 b0 + a1 b1.
+static inline F add_product_of_pairs(F a, F b, F c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+}
+// Words of the bfloat16 that `low` and `high` hold exactly.
+static inline F pair_up(F low, F high) {
+  return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low.v), 16), _mm512_castps_si512(high.v)))};
+}
+// Rounded to nearest; subnormal numbers become 0.
+static inline void store_pairs(bf16* p, F a) {
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+#endif
 
 static inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 static inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }

@@ -52,6 +52,8 @@ static inline F scale(F a, F n) {
 }
 // The same where n may be above: then at least a 2^127.
 static inline F scale_any(F a, F n) { return scale(a, n); }
+// The same for a near 1 or above: infinity from n = 128 on.
+static inline F scale_up(F a, F n) { AM_LANES(scale(a, n).v[i] * (n.v[i] > 127 ? 0x1p127f : 1.0f)); }
 
 // x - n ln 2, in double, since there is no fused multiply-add to keep its digits.
 static inline F reduce_argument(F x, F n) {
@@ -124,6 +126,25 @@ static inline void transpose(F* v) {
       v[k].v[i] = t;
     }
 }
+
+static inline F divide(F a, F b) { AM_LANES(a.v[i] / b.v[i]); }
+static inline F absolute(F a) { AM_LANES(a.v[i] < 0 ? -a.v[i] : a.v[i]); }
+// x < y ? a : b; b where x is NaN.
+static inline F select_below(F x, F y, F a, F b) { AM_LANES(x.v[i] < y.v[i] ? a.v[i] : b.v[i]); }
+// x = m 2^k with m in [sqrt(1/2), sqrt(2)), for x > 0 and not subnormal. Returns k.
+static inline F split_exponent(F x, F* m) {
+  F k;
+  for (int i = 0; i < W; ++i) {
+    int32_t whole = (int32_t)(bits_of(x.v[i]) - 0x3f3504f3) >> 23;  // from sqrt(1/2) on
+    m->v[i] = float_of(bits_of(x.v[i]) - ((uint32_t)whole << 23));
+    k.v[i] = (float)whole;
+  }
+  return k;
+}
+// 0, 1, 2 ...
+static inline F lane_numbers() { AM_LANES((float)i); }
+// a where the byte of a lane is not 0, else b.
+static inline F where_set(const uint8_t* bytes, F a, F b) { AM_LANES(bytes[i] ? a.v[i] : b.v[i]); }
 
 static inline void prefetch(const void* p) {
 #if defined(__GNUC__)

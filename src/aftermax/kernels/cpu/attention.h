@@ -1,0 +1,354 @@
+// Attention over heads, forward: blocks of query rows against tiles of keys, never the whole matrix.
+//
+// Keys and values of all heads are packed once. A task takes QUERY_ROWS rows of one head. A map that streams
+// (row_maps.h) walks the tiles of keys once: scores = query key^T, weights in place of scores, out += weights value. A
+// map that has to see its row first keeps the scores of fewer rows, all keys of them, in a strip.
+#pragma once
+#include "row_maps.h"
+#include "visible.h"
+
+namespace AM_ISA {
+
+constexpr int64_t QUERY_ROWS = 64;
+constexpr int64_t KEY_TILE = 128;
+// Floats that the strip of one task may hold, where that leaves it TILE_ROWS rows: 512 KB.
+constexpr int64_t STRIP = 1 << 17;
+
+// Keys, values and what is to be known of them, of all heads that have any.
+template <class Words, class T>
+struct Packed {
+  const am_attention* a;
+  int64_t words, padded, key_room, value_room;  // words of a key; keys up to whole tiles; floats of a head
+  Scratch keys, values, factors;
+  uint8_t *flawed = nullptr, *tile_flawed = nullptr;
+
+  explicit Packed(const am_attention* attention)
+      : a(attention),
+        words(words_for<Words>(a->width)),
+        padded(up_to(a->keys, KEY_TILE)),
+        key_room(padded * words),
+        value_room(up_to(a->value_width, TILE_COLUMNS) * (padded / Words::IN_WORD)) {}
+  ~Packed() {
+    free(flawed);
+    free(tile_flawed);
+  }
+  int64_t heads() const { return a->batch * a->kv_heads; }
+  int64_t tiles() const { return padded / KEY_TILE; }
+  const uint8_t* flawed_in(int64_t head) const { return flawed + head * padded; }
+
+  // Factors of the keys of one head are 1 / their length for cosines, and multiply the floats; pairs keep
+  // their digits and have their scores multiplied.
+  HeadRows<T> key_rows(int64_t head) const {
+    HeadRows<T> rows(a->key, head / a->kv_heads, head % a->kv_heads, a->keys, a->width);
+    rows.flawed = flawed_in(head);
+    if (a->cosine) rows.factor = factors.data + head * padded;
+    return rows;
+  }
+  HeadRows<T> value_rows(int64_t head) const {
+    HeadRows<T> rows(a->value, head / a->kv_heads, head % a->kv_heads, a->keys, a->value_width);
+    rows.flawed = flawed_in(head);
+    return rows;
+  }
+
+  // Flaws and lengths; `pack` may follow for the same keys.
+  bool look(am_parallel with) {
+    flawed = (uint8_t*)calloc((size_t)(heads() * padded) + 1, 1);
+    tile_flawed = (uint8_t*)calloc((size_t)(heads() * tiles()) + 1, 1);
+    if (!flawed || !tile_flawed || (a->cosine && !factors.grow(heads() * padded))) return false;
+    parallel(with, heads() * tiles(), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) look_at(i / tiles(), i % tiles());
+    });
+    return true;
+  }
+  void look_at(int64_t head, int64_t tile) {
+    HeadRows<T> key(a->key, head / a->kv_heads, head % a->kv_heads, a->keys, a->width);
+    HeadRows<T> value(a->value, head / a->kv_heads, head % a->kv_heads, a->keys, a->value_width);
+    for (int64_t j = tile * KEY_TILE; j < (tile + 1) * KEY_TILE; ++j) {
+      bool there = j < a->keys;
+      bool sound = !there || (is_finite(key.row(j), a->width) && is_finite(value.row(j), a->value_width));
+      flawed[head * padded + j] = !sound;
+      if (!sound) tile_flawed[head * tiles() + tile] = 1;
+      if (a->cosine) factors.data[head * padded + j] = there && sound ? one_over_length(key.row(j), a->width) : 1;
+    }
+  }
+
+  bool pack(am_parallel with) {
+    if (!keys.grow(heads() * key_room) || !values.grow(heads() * value_room)) return false;
+    int failed = 0;
+    parallel(with, heads() * tiles(), 2, [&](int64_t begin, int64_t end) {
+      Scratch scratch(W * up_to(words, W));
+      if (!scratch.data) {
+        __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        return;
+      }
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t head = i / tiles(), from = i % tiles() * KEY_TILE;
+        pack_across<Words>(key_rows(head), from, from + KEY_TILE, keys.data + head * key_room + from * words, scratch.data);
+        pack_along(Words(), value_rows(head), from, from + KEY_TILE,
+                   values.data + head * value_room + from / Words::IN_WORD * TILE_COLUMNS,
+                   padded / Words::IN_WORD * TILE_COLUMNS);
+      }
+    });
+    return !failed;
+  }
+};
+
+// The rows of queries of a task, as words, and by what their scores have to be multiplied.
+template <class Words, class T>
+struct Queries {
+  const Packed<Words, T>& p;
+  int64_t batch, head, kv, first, count, padded;
+  float* words;                      // (padded, words of a row)
+  float factor[QUERY_ROWS];          // of the scores
+  bool flawed[QUERY_ROWS], poisoned[QUERY_ROWS];
+  RowOf row(int64_t r) const { return {p.a, batch, head, first + r}; }
+
+  Queries(const Packed<Words, T>& packed, int64_t b, int64_t h, int64_t from, int64_t many, float* room)
+      : p(packed), batch(b), head(h), kv(b * p.a->kv_heads + h / (p.a->heads / p.a->kv_heads)), first(from), count(many),
+        padded(up_to(many, TILE_ROWS)), words(room) {
+    const am_attention& a = *p.a;
+    HeadRows<T> query(a.query, b, h, a.queries, a.width);
+    for (int64_t r = 0; r < padded; ++r) {
+      float* to = words + r * room_of_row();
+      const T* x = r < count ? query.row(first + r) : nullptr;
+      flawed[r] = x && !is_finite(x, a.width);
+      poisoned[r] = false;
+      if (!x || flawed[r]) {
+        memset(to, 0, (size_t)room_of_row() * 4);
+        factor[r] = 0;
+        continue;
+      }
+      factor[r] = a.scale * row(r).per(a.row_scale, 1) * (a.cosine ? one_over_length(x, a.width) : 1);
+      row_to_words(Words(), x, a.width, Words::IN_WORD == 1 ? factor[r] : 1, to);
+    }
+  }
+  int64_t room_of_row() const { return up_to(p.words, W); }
+
+  // Scores of all rows against the keys [from, from + many) of the head; many is a multiple of TILE_COLUMNS.
+  void scores(int64_t from, int64_t many, float* s, int64_t s_step) const {
+    const float* keys = p.keys.data + kv * p.key_room + from * p.words;
+    multiply<Words>(words, room_of_row(), 1, keys, TILE_COLUMNS * p.words, p.words, s, s_step, padded, many, false);
+  }
+
+  // What the scores of row r are beside the product: factors, biases, hidden keys. `within`: the row sees all of them.
+  void finish_scores(int64_t r, const RowView& view, int64_t from, int64_t many, float* s, bool within) {
+    const am_attention& a = *p.a;
+    if (Words::IN_WORD > 1) {
+      F f = set1(factor[r]);
+      const float* of_key = a.cosine ? p.factors.data + kv * p.padded + from : nullptr;
+      for (int64_t j = 0; j < many; j += W) {
+        F v = load(s + j) * f;
+        store(s + j, of_key ? v * load(of_key + j) : v);
+      }
+    }
+    if (a.visible.stretch || a.visible.slopes) view.shift(s, from, many);
+    if (!within) view.hide(s, from, many);
+    if (p.tile_flawed[kv * p.tiles() + from / KEY_TILE] || flawed[r]) look_for_poison(r, from, many, s);
+  }
+  void look_for_poison(int64_t r, int64_t from, int64_t many, const float* s) {
+    const uint8_t* flaws = p.flawed_in(kv) + from;
+    for (int64_t j = 0; j < many; ++j)
+      if ((flaws[j] || flawed[r]) && s[j] != -INFINITY) poisoned[r] = true;
+  }
+  // Whether all rows see all of the keys [from, from + many).
+  bool within(int64_t from, int64_t many) const {
+    if (p.a->visible.mask) return false;
+    KeyRange all = all_see(p.a->visible, first, count, p.a->keys);
+    return all.low <= from && from + many <= all.high;
+  }
+  KeyRange seen() const {
+    KeyRange some = some_see(p.a->visible, first, count, p.a->keys);
+    return {some.low / TILE_COLUMNS * TILE_COLUMNS, some.high};
+  }
+};
+
+// Values weighted by P (rows by words), added to what is there.
+template <class Words, class T>
+static void add_values(const Queries<Words, T>& q, const float* weights, int64_t step, int64_t from, int64_t many, float* out,
+                       int64_t out_step, bool add) {
+  const auto& p = q.p;
+  const float* values = p.values.data + q.kv * p.value_room + from / Words::IN_WORD * TILE_COLUMNS;
+  multiply<Words>(weights, step, 1, values, p.padded / Words::IN_WORD * TILE_COLUMNS, many / Words::IN_WORD, out, out_step,
+                  q.padded, p.a->value_width, add);
+}
+
+template <class T>
+static void store_out_row(const am_heads& to, const RowOf& row, const float* from, float factor, int64_t width) {
+  T* y = (T*)to.data + row.batch * to.step[0] + row.head * to.step[1] + row.row * to.step[2];
+  F f = set1(factor);
+  each_vector(from, 0, width, 0, [&](F v, int lanes, int64_t i) { put(y + i, v * f, lanes); });
+}
+
+static inline float* stats_of(const am_attention& a, const RowOf& row, float* otherwise) {
+  return a.stats ? a.stats + ((row.batch * a.heads + row.head) * a.queries + row.row) * AM_STATS : otherwise;
+}
+
+template <class Words, class T>
+static void store_out(const Queries<Words, T>& q, const float* out, int64_t step, const float* factors) {
+  const am_attention& a = *q.p.a;
+  float nothing[AM_STATS];
+  for (int64_t r = 0; r < q.count; ++r) {
+    if (q.poisoned[r]) stats_of(a, q.row(r), nothing)[0] = NAN;
+    store_out_row<T>(a.out, q.row(r), out + r * step, q.poisoned[r] ? NAN : factors[r], a.value_width);
+  }
+}
+
+// ---- maps that stream ----------------------------------------------------------------------------
+
+template <class Map, class Words, class T>
+static void attend_streaming(const Packed<Words, T>& p, int64_t batch, int64_t head, int64_t first, int64_t count, float* room) {
+  const am_attention& a = *p.a;
+  int64_t wide = up_to(a.value_width, TILE_COLUMNS);
+  float *scores = room, *weights = scores + QUERY_ROWS * KEY_TILE, *out = weights + QUERY_ROWS * KEY_TILE;
+  Queries<Words, T> q(p, batch, head, first, count, out + QUERY_ROWS * wide);
+  typename Map::State state[QUERY_ROWS];
+  for (int64_t r = 0; r < count; ++r) Map::open(state[r], q.row(r));
+  memset(out, 0, (size_t)(q.padded * wide) * 4);
+  memset(weights, 0, (size_t)(q.padded * KEY_TILE) * 4);  // also of the rows beyond the last
+
+  KeyRange seen = q.seen();
+  for (int64_t from = seen.low; from < seen.high;) {
+    // tiles begin where tiles begin, so that each has its flag
+    int64_t end = (from / KEY_TILE + 1) * KEY_TILE;
+    int64_t many = up_to(least(end, seen.high) - from, TILE_COLUMNS);
+    bool within = q.within(from, many);
+    q.scores(from, many, scores, KEY_TILE);
+    for (int64_t r = 0; r < count; ++r) {
+      float *s = scores + r * KEY_TILE, *w = weights + r * KEY_TILE;
+      q.finish_scores(r, RowView(a.visible, batch, head, first + r, a.keys), from, many, s, within);
+      float factor = Map::template weigh<Words>(state[r], s, w, many);
+      if (factor != 1) {
+        F f = set1(factor);
+        for (int64_t j = 0; j < wide; j += W) store(out + r * wide + j, load(out + r * wide + j) * f);
+      }
+    }
+    add_values(q, weights, KEY_TILE, from, many, out, wide, true);
+    from = end;
+  }
+  float factors[QUERY_ROWS], nothing[AM_STATS];
+  for (int64_t r = 0; r < count; ++r) factors[r] = Map::close(state[r], q.row(r), stats_of(a, q.row(r), nothing));
+  store_out(q, out, wide, factors);
+}
+
+// ---- maps that see their row first ------------------------------------------------------------------
+
+template <class Map, class Words, class T>
+static void attend_by_strip(const Packed<Words, T>& p, int64_t batch, int64_t head, int64_t first, int64_t count, float* room) {
+  const am_attention& a = *p.a;
+  int64_t wide = up_to(a.value_width, TILE_COLUMNS);
+  float *out = room, *words = out + QUERY_ROWS * wide, *strip = words + QUERY_ROWS * up_to(p.words, W);
+  Queries<Words, T> q(p, batch, head, first, count, words);
+  KeyRange seen = q.seen();
+  int64_t from = seen.low / KEY_TILE * KEY_TILE, length = most(up_to(seen.high, TILE_COLUMNS) - from, 0);
+  int64_t strip_step = length + TILE_COLUMNS;  // rows a power of two apart would share their places in the cache
+  float* weights = strip + q.padded * strip_step;
+  typename Map::State state[QUERY_ROWS];
+  for (int64_t r = 0; r < count; ++r) Map::open(state[r], q.row(r));
+  for (int64_t at = 0; at < length; at += KEY_TILE) {
+    int64_t many = least(KEY_TILE, length - at);
+    bool within = q.within(from + at, many);
+    q.scores(from + at, many, strip + at, strip_step);
+    for (int64_t r = 0; r < count; ++r) {
+      float* s = strip + r * strip_step;
+      q.finish_scores(r, RowView(a.visible, batch, head, first + r, a.keys), from + at, many, s + at, within);
+      Map::first(state[r], s + at, many, s, at);
+    }
+  }
+  int64_t step = strip_step / Words::IN_WORD;
+  memset(weights, 0, (size_t)(q.padded * step) * 4);
+  float factors[QUERY_ROWS], extra_factors[QUERY_ROWS];
+  for (int64_t r = 0; r < count; ++r) {
+    typename Map::Row row = Map::settle(state[r], q.row(r));
+    D total = zero(), second = zero();
+    const float* f = strip + r * strip_step;
+    for (int64_t j = 0; j < length; j += W) {
+      F w = row.of(load(f + j));
+      put_weights<Words>(weights + r * step, j, w);
+      total = total + widen(w);
+      if (a.extra) second = second + widen(row.second_of(load(f + j)));
+    }
+    float nothing[AM_STATS];
+    factors[r] = Map::close(state[r], row, q.row(r), sum_of_lanes(total), sum_of_lanes(second),
+                            stats_of(a, q.row(r), nothing), &extra_factors[r]);
+  }
+  if (length > 0)
+    add_values(q, weights, step, from, length, out, wide, false);
+  else
+    memset(out, 0, (size_t)(q.padded * wide) * 4);
+  store_out(q, out, wide, factors);
+  if (!a.extra) return;
+  for (int64_t r = 0; r < count; ++r) {
+    typename Map::Row row = Map::settle(state[r], q.row(r));
+    for (int64_t j = 0; j < length; j += W) put_weights<Words>(weights + r * step, j, row.second_of(load(strip + r * strip_step + j)));
+  }
+  if (length > 0) add_values(q, weights, step, from, length, out, wide, false);
+  for (int64_t r = 0; r < count; ++r) {
+    float* to = a.extra + ((batch * a.heads + head) * a.queries + first + r) * a.value_width;
+    F f = set1(q.poisoned[r] ? 0 : extra_factors[r]);
+    each_vector(out + r * wide, 0, a.value_width, 0, [&](F v, int lanes, int64_t i) { put(to + i, v * f, lanes); });
+  }
+}
+
+// ---- tasks -----------------------------------------------------------------------------------------
+
+// Runs task(i, scratch) for i in [0, count): whoever is free takes the next. 1 where there was no memory.
+template <class Task>
+static int share(am_parallel with, int64_t count, int64_t floats, const Task& task) {
+  int failed = 0;
+  int64_t next = 0, workers = least(with.threads, count);
+  parallel(with, workers, 1, [&](int64_t, int64_t) {
+    Scratch scratch(floats);
+    if (!scratch.data) {
+      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+      return;
+    }
+    for (;;) {
+      int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (i >= count) return;
+      task(i, scratch.data);
+    }
+  });
+  return failed;
+}
+
+template <class Words, class T>
+static int attention_as(const am_attention* a, am_parallel with) {
+  Packed<Words, T> p(a);
+  if (!p.look(with) || !p.pack(with)) return 1;
+  int64_t wide = up_to(a->value_width, TILE_COLUMNS), row_words = up_to(p.words, W);
+  bool by_strip = a->map == AM_MAP_LSSAR || a->map == AM_MAP_CLIPPED;
+  int64_t rows = QUERY_ROWS, room = QUERY_ROWS * (wide + row_words);
+  if (by_strip) {
+    while (rows > TILE_ROWS && rows * p.padded > STRIP) rows /= 2;
+    room += rows * (p.padded + TILE_COLUMNS) * 2;
+  } else {
+    room += 2 * QUERY_ROWS * KEY_TILE;
+  }
+  int64_t blocks = (a->queries + rows - 1) / rows;
+  return share(with, a->batch * a->heads * blocks, room, [&](int64_t i, float* scratch) {
+    // the longest rows of a causal head first
+    int64_t head = i / blocks, first = (blocks - 1 - i % blocks) * rows, count = least(rows, a->queries - first);
+    int64_t b = head / a->heads, h = head % a->heads;
+    switch (a->map) {
+      case AM_MAP_SOFTMAX: return attend_streaming<SoftmaxMap>(p, b, h, first, count, scratch);
+      case AM_MAP_SIGMOID: return attend_streaming<SigmoidMap>(p, b, h, first, count, scratch);
+      case AM_MAP_RELU: return attend_streaming<ReluMap>(p, b, h, first, count, scratch);
+      case AM_MAP_SOFTPLUS: return attend_streaming<SoftplusMap>(p, b, h, first, count, scratch);
+      case AM_MAP_LSSAR: return attend_by_strip<LssarMap>(p, b, h, first, count, scratch);
+      case AM_MAP_CLIPPED: return attend_by_strip<ClippedMap>(p, b, h, first, count, scratch);
+    }
+  });
+}
+
+template <class T>
+static int attention_of(const am_attention* a, am_parallel with) {
+  return attention_as<Singles, T>(a, with);
+}
+#if defined(AM_PAIRS)
+template <>
+int attention_of<bf16>(const am_attention* a, am_parallel with) {
+  return attention_as<Pairs, bf16>(a, with);
+}
+#endif
+
+}  // namespace AM_ISA
