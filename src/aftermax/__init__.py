@@ -1,7 +1,7 @@
 """aftermax: softmax, and everything after it."""
 
 # query, key, value -> out
-from aftermax.attention import attention, attention_weights
+from aftermax.attention import attention, attention_weights, explain
 
 # what there is
 from aftermax.catalogue import CATALOGUE, Entry, find
@@ -66,6 +66,7 @@ __all__ = [
     "attention",
     "attention_weights",
     "cross_entropy",
+    "explain",
     "find",
     "linear_cross_entropy",
     "log_softmax",

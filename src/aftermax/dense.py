@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from aftermax.attention import attention, check_weights
+from aftermax.attention import attention
+from aftermax.call import check_weights
 from aftermax.visible import Visible
 from aftermax.weights.row_map import RowMap
 

@@ -109,7 +109,7 @@ class Visible:
                 visible = visible & mask
             else:
                 # NaN is not hidden by this: it shall be seen in the rows that it stands in
-                visible = visible & ~(mask <= torch.finfo(mask.dtype).min / 2)
+                visible = visible & ~(mask <= hidden_below(mask.dtype))
                 bias = torch.where(visible, mask, 0).to(dtype)
         if self.slopes is not None:
             alibi = -self.slopes.to(dtype)[None, :, None, None] * distance.abs()
@@ -125,6 +125,11 @@ class Visible:
             rows = self.rows(start, min(start + block, queries), (0, keys), device, dtype)
             seen = seen | rows.visible.any(-2, keepdim=True)
         return seen.sum(-1, keepdim=True)
+
+
+def hidden_below(dtype: torch.dtype) -> float:
+    """The number up to which an additive mask of that dtype hides a key."""
+    return torch.finfo(dtype).min / 2
 
 
 def count(visible: Tensor, dtype: torch.dtype) -> Tensor:

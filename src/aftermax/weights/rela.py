@@ -21,7 +21,7 @@ from torch import Tensor
 from aftermax import scores as score
 from aftermax.entry import Entry, Laws
 from aftermax.visible import Rows, count
-from aftermax.weights.row_map import RowMap, raise_to
+from aftermax.weights.row_map import Fused, Lengths, RowMap, raise_to
 
 
 def relu_weights(scores: Tensor, visible: Tensor, power: float = 1) -> Tensor:
@@ -75,6 +75,9 @@ class ReLA(RowMap):
     def weigh(self, scores, rows: Rows, **learned: Tensor) -> Tensor:
         return relu_weights(score.add_bias(scores, rows.bias), rows.visible)
 
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        return Fused("relu")
+
     def finish(self, out: Tensor, **learned: Tensor) -> Tensor:
         if self.norm == "none":
             return out
@@ -106,6 +109,9 @@ class ReLUPower(RowMap):
     def weigh(self, scores, rows: Rows, **learned: Tensor) -> Tensor:
         weights = relu_weights(score.add_bias(scores, rows.bias), rows.visible, self.power)
         return weights / count(rows.visible, scores.dtype).clamp_min(1)
+
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        return Fused("relu", row_weight=1 / lengths.of_rows().clamp_min(1), power=self.power)
 
 
 RELA = Entry(

@@ -4,13 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from aftermax import scores
 from aftermax.visible import Rows
+
+
+class Lengths(Protocol):
+    """What a row map may ask about the rows that a kernel is about to walk."""
+
+    heads: int
+
+    def of_rows(self) -> Tensor:
+        """N_i, the number of keys that each row sees: float32, (B|1, H|1, Tq)."""
+        ...
+
+    def of_sequence(self) -> Tensor:
+        """The number of keys that any row sees: (B|1, H|1, 1)."""
+        ...
+
+    def distances(self) -> Tensor:
+        """Every j - i that there is, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fused:
+    """How the kernels run a row map: one of their maps, and what it takes.
+
+    `map` is a name of `aftermax.kernels.attention_ops.MAPS`, with the formulas at `am_row_map` in
+    `kernels/cpu/core.h`. What belongs to rows is (B|1, H|1, Tq).
+    """
+
+    map: str
+    row_scale: Tensor | None = None
+    """Multiplies the scores; may be learned."""
+    row_bias: Tensor | None = None
+    row_weight: Tensor | None = None
+    row_power: Tensor | None = None
+    count: Tensor | None = None
+    sink: Tensor | None = None
+    """(H,); may be learned."""
+    by_distance: Tensor | None = None
+    """(2, n): scores become by_distance[0] s + by_distance[1], for each of `Lengths.distances`."""
+    power: float = 1
 
 
 @dataclass(frozen=True)
@@ -36,6 +76,10 @@ class RowMap:
         """Weights of (B, H, rows, keys) scores; 0 wherever a key is not visible."""
         raise NotImplementedError(f"{type(self).__name__} does not define weigh")
 
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        """How the kernels run it. A map that does not say so runs on the reference."""
+        raise NotImplementedError(f"{type(self).__name__} has no kernel")
+
     def finish(self, out: Tensor, **learned: Tensor) -> Tensor:
         """What happens to the summed rows (B, H, rows, Dv); nothing for most systems."""
         return out
@@ -43,6 +87,11 @@ class RowMap:
     def learned(self, heads: int, value_dim: int) -> dict[str, Tensor]:
         """Name -> initial value (float32) of what the formula learns."""
         return {}
+
+
+def log_lengths(lengths: Lengths) -> Tensor:
+    """ln N_i; 0 for a row that sees one key or none."""
+    return lengths.of_rows().clamp_min(1).log()
 
 
 def per_head(parameter: Tensor, like: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from aftermax import scores as score
 from aftermax.entry import Entry, Laws
 from aftermax.visible import Rows, count
-from aftermax.weights.row_map import RowMap
+from aftermax.weights.row_map import Fused, Lengths, RowMap
 
 
 def sigmoid_weights(scores: Tensor, visible: Tensor, bias: Tensor | float) -> Tensor:
@@ -70,6 +70,15 @@ class Sigmoid(RowMap):
         return sigmoid_weights(
             score.add_bias(scores, rows.bias), rows.visible, -n.clamp_min(1).log()
         )
+
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        if self.n == "row":
+            n = lengths.of_rows()
+        elif self.n == "sequence":
+            n = lengths.of_sequence()
+        else:
+            n = torch.full((1, 1, 1), float(self.n))
+        return Fused("sigmoid", row_bias=-n.clamp_min(1).log())
 
 
 ENTRY = Entry(

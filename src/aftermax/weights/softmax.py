@@ -22,7 +22,7 @@ from torch import Tensor
 from aftermax import scores as score
 from aftermax.entry import Entry, Laws
 from aftermax.visible import Rows
-from aftermax.weights.row_map import RowMap, per_head
+from aftermax.weights.row_map import Fused, Lengths, RowMap, log_lengths, per_head
 
 
 def softmax_weights(scores: Tensor, visible: Tensor) -> Tensor:
@@ -105,6 +105,11 @@ class Softmax(RowMap):
             )
         return softmax_weights(score.add_bias(scores, rows.bias), rows.visible)
 
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        if self.scale_rule is None:
+            return Fused("softmax")
+        return Fused("softmax", row_scale=learned["s"].float()[:, None] * log_lengths(lengths))
+
     def learned(self, heads: int, value_dim: int) -> dict[str, Tensor]:
         return {"s": torch.full((heads,), self.s)} if self.scale_rule == "log_n" else {}
 
@@ -124,6 +129,9 @@ class CosineSoftmax(RowMap):
     def weigh(self, scores, rows: Rows, **learned: Tensor) -> Tensor:
         scores = scores * score.log_count(rows.visible, scores.dtype)
         return softmax_weights(score.add_bias(scores, rows.bias), rows.visible)
+
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        return Fused("softmax", row_scale=log_lengths(lengths))
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,10 @@ class ScaleInvariantSoftmax(RowMap):
         stretch, shift = distance_scale_and_shift(rows.distance, self.tau, scores.dtype)
         return softmax_weights(score.add_bias(stretch * scores + shift, rows.bias), rows.visible)
 
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        stretch, shift = distance_scale_and_shift(lengths.distances(), self.tau, torch.float32)
+        return Fused("softmax", by_distance=torch.stack([stretch, shift]))
+
 
 @dataclass(frozen=True)
 class SoftmaxOne(RowMap):
@@ -157,6 +169,9 @@ class SoftmaxOne(RowMap):
     def weigh(self, scores, rows: Rows, **learned: Tensor) -> Tensor:
         scores = score.add_bias(scores, rows.bias)
         return softmax_sink_weights(scores, rows.visible, scores.new_zeros(()))
+
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        return Fused("softmax", sink=torch.zeros(lengths.heads))
 
 
 @dataclass(frozen=True)
@@ -170,6 +185,9 @@ class SoftmaxSink(RowMap):
     def weigh(self, scores, rows: Rows, **learned: Tensor) -> Tensor:
         scores = score.add_bias(scores, rows.bias)
         return softmax_sink_weights(scores, rows.visible, per_head(learned["sink"], scores))
+
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        return Fused("softmax", sink=learned["sink"])
 
     def learned(self, heads: int, value_dim: int) -> dict[str, Tensor]:
         return {"sink": torch.zeros(heads)}

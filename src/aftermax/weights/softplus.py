@@ -29,7 +29,7 @@ from torch import Tensor
 from aftermax import scores as score
 from aftermax.entry import Entry, Laws
 from aftermax.visible import Rows, count
-from aftermax.weights.row_map import RowMap, raise_to, row_total
+from aftermax.weights.row_map import Fused, Lengths, RowMap, log_lengths, raise_to, row_total
 
 FLAT = 1e-6
 """A row is flat where its maximum exceeds its mean by no more than this share of the mean."""
@@ -94,6 +94,9 @@ class LSSA(RowMap):
     def weigh(self, scores, rows: Rows, **learned: Tensor) -> Tensor:
         return lssa_weights(self._scores(scores, rows), rows.visible)
 
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        return Fused("softplus", row_scale=log_lengths(lengths))
+
 
 @dataclass(frozen=True)
 class LSSAR(LSSA):
@@ -112,6 +115,11 @@ class LSSAR(LSSA):
 
     def weigh(self, scores, rows: Rows, **learned: Tensor) -> Tensor:
         return lssar_weights(self._scores(scores, rows), rows.visible, self.power)
+
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        count = lengths.of_rows()
+        scale = count.clamp_min(1).log()
+        return Fused("lssar", row_scale=scale, count=count, power=self.power)
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,12 @@ class LSSARLog(LSSA):
     def weigh(self, scores, rows: Rows, **learned: Tensor) -> Tensor:
         power = (self.factor * score.log_count(rows.visible, scores.dtype)).clamp_min(1)
         return lssar_weights(self._scores(scores, rows), rows.visible, power)
+
+    def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
+        count = lengths.of_rows()
+        scale = count.clamp_min(1).log()
+        power = (self.factor * scale).clamp_min(1)
+        return Fused("lssar", row_scale=scale, count=count, row_power=power)
 
 
 LSSA_ENTRY = Entry(

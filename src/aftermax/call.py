@@ -1,0 +1,131 @@
+"""One call of attention, checked: what every way to walk the sum is given."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from aftermax.visible import Visible
+from aftermax.weights.row_map import RowMap
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of `aftermax.attention`, checked and completed."""
+
+    query: Tensor  # (B, H, Tq, D)
+    key: Tensor  # (B, Hkv, Tk, D)
+    value: Tensor  # (B, Hkv, Tk, Dv)
+    weights: RowMap
+    visible: Visible
+    scale: float
+    learned: dict[str, Tensor]
+    dropout_p: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weights: RowMap,
+        attn_mask: Tensor | Visible | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        dropout_p: float,
+        learned: dict[str, Tensor],
+    ) -> Call:
+        check_weights(weights)
+        if not 0 <= dropout_p <= 1:
+            raise ValueError(f"dropout_p is a probability, got {dropout_p}")
+        query, key, value = (four_dimensions(x) for x in (query, key, value))
+        _check_inputs(query, key, value, enable_gqa)
+        visible = _visible_of(attn_mask, is_causal)
+        batch, heads, queries, width = query.shape
+        visible.check(batch, heads, queries, key.shape[-2])
+        return cls(
+            query,
+            key,
+            value,
+            weights,
+            visible,
+            weights.scale(width) if scale is None else scale,
+            _complete(weights, learned, heads, value.shape[-1], query.device),
+            dropout_p,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All that a gradient may be wanted of."""
+        given = (self.query, self.key, self.value, self.visible.mask, self.visible.slopes)
+        return [x for x in (*given, *self.learned.values()) if x is not None]
+
+    def wants_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors())
+
+
+def check_weights(weights: object) -> None:
+    """Raise TypeError for what is no row map, saying what would be one."""
+    if not isinstance(weights, RowMap):
+        raise TypeError(
+            f"weights must be a row map such as LSSAR(), or find('lssar').system; got {weights!r}"
+        )
+
+
+def four_dimensions(x: Tensor) -> Tensor:
+    if not 2 <= x.ndim <= 4:
+        raise ValueError(
+            f"query, key and value need two to four dimensions (B, H, T, D), got {tuple(x.shape)}"
+        )
+    return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise ValueError(
+            "query, key and value need one floating-point dtype, "
+            f"got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    if not query.device == key.device == value.device:
+        raise ValueError(
+            f"query, key, value need one device, got {query.device}, {key.device}, {value.device}"
+        )
+    if key.shape[:-1] != value.shape[:-1] or key.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"key and value need the same (B, Hkv, Tk), and B is the query's: {shapes}"
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key need one width D: {shapes}")
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads != key_heads and not enable_gqa:
+        raise ValueError(f"heads differ ({heads} and {key_heads}): pass enable_gqa=True. {shapes}")
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(f"grouped queries need H divisible by Hkv: {shapes}")
+
+
+def _visible_of(attn_mask: Tensor | Visible | None, is_causal: bool) -> Visible:
+    if isinstance(attn_mask, Visible):
+        return dataclasses.replace(attn_mask, causal=True) if is_causal else attn_mask
+    return Visible(causal=is_causal, mask=attn_mask)
+
+
+def _complete(
+    weights: RowMap, learned: dict, heads: int, value_dim: int, device
+) -> dict[str, Tensor]:
+    """The learned tensors, with initial values for those left out."""
+    initial = weights.learned(heads, value_dim)
+    if unknown := set(learned) - set(initial):
+        has = ", ".join(sorted(initial)) or "none"
+        raise TypeError(
+            f"{type(weights).__name__} learns no {', '.join(sorted(unknown))} (it learns: {has})"
+        )
+    for name, tensor in learned.items():
+        if tensor.shape != initial[name].shape:
+            raise ValueError(
+                f"{name} of {type(weights).__name__} needs shape {tuple(initial[name].shape)}, "
+                f"got {tuple(tensor.shape)}"
+            )
+    return {name: tensor.to(device) for name, tensor in initial.items()} | learned

@@ -1,0 +1,156 @@
+"""The dense walk on the compiled kernels: a checked call becomes the operators' arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aftermax import kernels, scores
+from aftermax.call import Call
+from aftermax.kernels.attention_ops import MAPS
+from aftermax.reference import transformed
+from aftermax.visible import Visible, hidden_below
+from aftermax.weights.row_map import RowMap
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refusal(call: Call) -> str | None:
+    """Why the kernels cannot do what is asked, or None where they can."""
+    if kernels.absent() is not None:
+        return kernels.absent()
+    query, visible = call.query, call.visible
+    if query.device.type != "cpu":
+        return f"the query is on {query.device}, not on the CPU"
+    if query.dtype not in DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {query.dtype}"
+    if any(x.layout is not torch.strided for x in (query, call.key, call.value)):
+        return "the kernels take strided tensors"
+    if call.dropout_p > 0:
+        return "the kernels have no dropout"
+    if transformed():
+        return "the kernels know no torch.func transforms and no forward-mode derivatives"
+    if torch.is_grad_enabled():
+        for name, x in (("attn_mask", visible.mask), ("the ALiBi slopes", visible.slopes)):
+            if x is not None and x.requires_grad:
+                return f"the kernels have no gradient for {name}"
+    if type(call.weights).fused is RowMap.fused:
+        return f"there is no kernel for {type(call.weights).__name__}"
+    if not all((query.numel(), call.key.numel(), call.value.numel())):
+        return "there is nothing to compute"
+    return None
+
+
+def description(call: Call) -> str:
+    """What runs where nothing is refused."""
+    return f"cpu: {type(call.weights).__name__} on the {kernels.isa()} kernels"
+
+
+def attend(call: Call) -> Tensor:
+    """(B, H, Tq, Dv) in the dtype of the query. `refusal` has been asked before."""
+    weights, dtype = call.weights, call.query.dtype
+    finishes = type(weights).finish is not RowMap.finish
+    tensors = [call.query, call.key, call.value]
+    if finishes:  # what is rounded, is rounded after it
+        tensors = [x.float() for x in tensors]
+    out = _walk(call, *(x if x.stride(-1) == 1 else x.contiguous() for x in tensors))
+    if not finishes:
+        return out
+    poisoned = out.isnan().any(-1, keepdim=True)
+    if weights.mixes_heads:
+        poisoned = poisoned.any(1, keepdim=True)
+    out = weights.finish(out.masked_fill(poisoned, 0), **call.learned)
+    return out.masked_fill(poisoned, torch.nan).to(dtype)
+
+
+def _walk(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    visible = call.visible
+    lengths = _Lengths(visible, *query.shape[:3], key.shape[2])
+    fused = call.weights.fused(lengths, **call.learned)
+    nothing = query.new_empty((0,), dtype=torch.float32)
+    mask, limit = _mask(visible, nothing)
+    arguments = (
+        query,
+        key,
+        value,
+        mask,
+        nothing if visible.slopes is None else visible.slopes.float().contiguous(),
+        nothing if fused.by_distance is None else fused.by_distance.contiguous(),
+        *(
+            nothing if rows is None else rows.float().expand(query.shape[:3])
+            for rows in (
+                fused.row_scale,
+                fused.row_bias,
+                fused.row_weight,
+                fused.row_power,
+                fused.count,
+            )
+        ),
+        nothing if fused.sink is None else fused.sink.float().contiguous(),
+        MAPS.index(fused.map),
+        call.weights.prepare is scores.cosine,
+        visible.causal,
+        visible.offset,
+        visible.window or 0,
+        limit,
+        query.shape[2] - 1 + visible.offset,
+        float(call.scale),
+        float(fused.power),
+    )
+    ops = torch.ops.aftermax
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:12]):
+        return ops.attention.default(*arguments)[0]
+    return ops.attention_forward.default(*arguments)
+
+
+def _mask(visible: Visible, nothing: Tensor) -> tuple[Tensor, float]:
+    """Bool or float32, in four dimensions; and the number up to which it hides."""
+    mask = visible.mask
+    if mask is None:
+        return nothing, 0.0
+    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    if mask.dtype == torch.bool:
+        return mask, 0.0
+    return mask.float(), hidden_below(mask.dtype)
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """What a row map may ask about the rows of a call; nothing is counted that is not asked for."""
+
+    visible: Visible
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+
+    def of_rows(self) -> Tensor:
+        visible = self.visible
+        if visible.mask is None:
+            return self._without_mask()
+        mask, limit = _mask(visible, torch.empty(0))
+        options = (visible.causal, visible.offset, visible.window or 0, limit)
+        sizes = (mask.shape[0], mask.shape[1], self.queries, self.keys)
+        return torch.ops.aftermax.count_visible(mask, *options, *sizes)
+
+    def _without_mask(self) -> Tensor:
+        visible, keys = self.visible, self.keys
+        position = torch.arange(self.queries) + visible.offset
+        first, last = torch.zeros_like(position), torch.full_like(position, keys)
+        if visible.window is not None:
+            first = (position - visible.window + 1).clamp_min(0)
+            last = (position + visible.window).clamp_max(keys)
+        if visible.causal:
+            last = last.clamp_max(position + 1)
+        return (last - first).clamp_min(0).float()[None, None]
+
+    def of_sequence(self) -> Tensor:
+        block = max(1, 2**24 // max(1, self.keys))
+        return self.visible.seen_by_any(
+            self.queries, self.keys, block, torch.device("cpu"), torch.float32
+        )[..., 0]
+
+    def distances(self) -> Tensor:
+        return torch.arange(-(self.queries - 1 + self.visible.offset), self.keys)
