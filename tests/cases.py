@@ -139,7 +139,7 @@ def masked_views(batch: int, heads: int, tokens: int) -> dict[str, View]:
 def blocks_of(scores: int) -> Iterator[None]:
     """The dense walk in blocks of this many scores, so that small tensors need several."""
     # by its full name: the package has a function `attention` where the module would stand
-    module = importlib.import_module("aftermax.attention")
+    module = importlib.import_module("aftermax.blocks")
     before, module.BLOCK_SCORES = module.BLOCK_SCORES, scores
     try:
         yield
