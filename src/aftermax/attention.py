@@ -1,7 +1,7 @@
 """The dense walk: every visible key of every query, never T x T whole.
 
-`attention` mirrors `torch.nn.functional.scaled_dot_product_attention` and takes a row map. There are
-two ways to walk the sum: the compiled kernels (`fused.py`) and the reference (`blocks.py`).
+`attention` mirrors `torch.nn.functional.scaled_dot_product_attention` and takes a row map. There
+are two ways to walk the sum: the compiled kernels (`fused.py`) and the reference (`blocks.py`).
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ def attention(
             gives their initial values, which are used for those left out).
 
     Returns:
-        (..., H, Tq, Dv) in the dtype of `query`. Half precision is computed in float32 (by the kernels,
-        bfloat16 in products of bfloat16 that are added in float32, where the processor has them). A row that
-        sees nothing is 0. A query, key or value that is not finite turns the rows that see it into
-        NaN and touches no other row, forward or backward.
+        (..., H, Tq, Dv) in the dtype of `query`. Half precision is computed in float32; the kernels
+        multiply bfloat16 as it is and add in float32, where the processor can (their weights are
+        then rounded to bfloat16, as in other fused kernels). A row that sees nothing is 0. A query,
+        key or value that is not finite turns the rows that see it into NaN and touches no other
+        row, forward or backward.
 
     Raises:
         ValueError: for shapes, masks, dtypes, devices or an `impl` that do not fit.

@@ -67,11 +67,12 @@ def attend(call: Call) -> Tensor:
 
 def _walk(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     visible = call.visible
-    lengths = _Lengths(visible, *query.shape[:3], key.shape[2])
+    batch, heads, queries, _ = query.shape
+    lengths = _Lengths(visible, batch, heads, queries, key.shape[2])
     fused = call.weights.fused(lengths, **call.learned)
     nothing = query.new_empty((0,), dtype=torch.float32)
     mask, limit = _mask(visible, nothing)
-    arguments = (
+    tensors = (
         query,
         key,
         value,
@@ -79,7 +80,7 @@ def _walk(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         nothing if visible.slopes is None else visible.slopes.float().contiguous(),
         nothing if fused.by_distance is None else fused.by_distance.contiguous(),
         *(
-            nothing if rows is None else rows.float().expand(query.shape[:3])
+            nothing if rows is None else rows.float().expand(batch, heads, queries)
             for rows in (
                 fused.row_scale,
                 fused.row_bias,
@@ -89,20 +90,22 @@ def _walk(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             )
         ),
         nothing if fused.sink is None else fused.sink.float().contiguous(),
+    )
+    options = (
         MAPS.index(fused.map),
         call.weights.prepare is scores.cosine,
         visible.causal,
         visible.offset,
         visible.window or 0,
         limit,
-        query.shape[2] - 1 + visible.offset,
+        queries - 1 + visible.offset,
         float(call.scale),
         float(fused.power),
     )
     ops = torch.ops.aftermax
-    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:12]):
-        return ops.attention.default(*arguments)[0]
-    return ops.attention_forward.default(*arguments)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return ops.attention.default(*tensors, *options)[0]
+    return ops.attention_forward.default(*tensors, *options)
 
 
 def _mask(visible: Visible, nothing: Tensor) -> tuple[Tensor, float]:

@@ -2,8 +2,8 @@
 
 The library is one file next to this one. Without it (a checkout that was not built) everything runs
 on the reference, and `absent()` says why. `AFTERMAX_ISA` = avx512bf16, avx512, avx2 or portable
-forces the body of that name; a name that this processor cannot run raises when aftermax is imported.
-`AFTERMAX_LIBRARY` names another library file (the sanitized build, say).
+forces the body of that name; a name that this processor cannot run raises when aftermax is
+imported. `AFTERMAX_LIBRARY` names another library file (the sanitized build, say).
 """
 
 from __future__ import annotations

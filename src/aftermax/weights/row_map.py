@@ -16,7 +16,8 @@ from aftermax.visible import Rows
 class Lengths(Protocol):
     """What a row map may ask about the rows that a kernel is about to walk."""
 
-    heads: int
+    @property
+    def heads(self) -> int: ...
 
     def of_rows(self) -> Tensor:
         """N_i, the number of keys that each row sees: float32, (B|1, H|1, Tq)."""
