@@ -1,5 +1,8 @@
 """The call: what it shares with SDPA, what it refuses, and how it walks."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -187,7 +190,7 @@ def test_no_tensor_of_queries_times_keys_is_ever_built():
 
     q = normal(1, 1, 200, 4).requires_grad_()
     with blocks_of(2000), Watch():
-        attention(q, q, q, weights=LSSAR(), is_causal=True).sum().backward()
+        attention(q, q, q, weights=LSSAR(), is_causal=True, impl="reference").sum().backward()
     assert biggest <= 2000
 
 
@@ -201,10 +204,73 @@ def test_no_block_is_kept_for_the_backward_pass():
     q = normal(1, 1, 200, 4).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         with blocks_of(2000):
-            attention(q, q, q, weights=LSSAR(), is_causal=True)
+            attention(q, q, q, weights=LSSAR(), is_causal=True, impl="reference")
         in_blocks, saved = sum(saved), []
-        attention(q, q, q, weights=LSSAR(), is_causal=True)
+        attention(q, q, q, weights=LSSAR(), is_causal=True, impl="reference")
     assert in_blocks < 200 * 200 / 2 < sum(saved)
+
+
+@needs_kernels
+@pytest.mark.parametrize("weights", [Softmax(), LSSAR(), ReLA()], ids=repr)
+def test_the_kernels_keep_some_numbers_of_each_row_for_the_backward_pass(weights):
+    saved = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        saved.append(x.numel())
+        return x
+
+    rows, width = 200, 4
+    q = normal(1, 1, rows, width).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        attention(q, q, q, weights=weights, is_causal=True, impl="cpu")
+    # query, key, value, out, a second sum; stats, counts and scales; what the norm of ReLA keeps
+    assert sum(saved) <= rows * (10 * width + 10)
+
+
+# in a process of its own, whose peak nothing else has raised before
+MEMORY = """
+import pathlib, resource, sys
+import torch
+from aftermax import attention, find
+
+how, tokens, width = sys.argv[1], *map(int, sys.argv[2:])
+
+def call(tokens):
+    q, k, v = (torch.randn(1, 1, tokens, width, requires_grad=True) for _ in range(3))
+    if how == "whole":
+        out = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+    else:
+        out = attention(q, k, v, weights=find(how).system, is_causal=True, impl="cpu")
+    out.sum().backward()
+
+def peak():
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():  # where the other one begins with what the parent had
+        line = next(l for l in status.read_text().splitlines() if l.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+call(64)  # what is loaded and started at the first call
+before = peak()
+call(tokens)
+print((peak() - before) / (4 * tokens**2))
+"""
+
+
+def share_of_the_scores(how: str, tokens: int, width: int) -> float:
+    """What a call adds to the memory of its process, in matrices of scores."""
+    command = [sys.executable, "-c", MEMORY, how, str(tokens), str(width)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@needs_kernels
+def test_the_scores_are_never_whole_in_the_kernels():
+    pytest.importorskip("resource")
+    # the measure sees a matrix where there is one
+    assert share_of_the_scores("whole", 4096, 16) > 0.8
+    for name in ("softmax", "lssar"):
+        assert share_of_the_scores(name, 4096, 16) < 1 / 4
 
 
 # dropout
