@@ -415,7 +415,7 @@ REFUSED = {
         {"attn_mask": torch.ones(5, 5).int()},
         "attn_mask must be bool or floating point, got torch.int32",
     ),
-    "unknown impl": ((Q, Q, Q), {"impl": "cuda"}, "impl='cuda' is not in this build; it has ref"),
+    "unknown impl": ((Q, Q, Q), {"impl": "cuda"}, "impl='cuda' is none of 'reference', 'cpu'"),
     "dropout": ((Q, Q, Q), {"dropout_p": 1.5}, r"dropout_p is a probability, got 1\.5"),
     "learned shape": (
         (Q, Q, Q),
