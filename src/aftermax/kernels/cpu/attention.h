@@ -1,6 +1,6 @@
 // Attention over heads, forward: blocks of query rows against tiles of keys, never the whole matrix.
 //
-// Keys and values of all heads are packed once. A task takes QUERY_ROWS rows of one head. A map that streams
+// Keys and values of a few heads at a time are packed once. A task takes QUERY_ROWS rows of one head. A map that streams
 // (row_maps.h) walks the tiles of keys once: scores = query key^T, weights in place of scores, out += weights value. A
 // map that has to see its row first keeps the scores of fewer rows, all keys of them, in a strip.
 #pragma once
@@ -14,34 +14,43 @@ constexpr int64_t KEY_TILE = 128;
 // Floats that the strip of one task may hold, where that leaves it TILE_ROWS rows: 512 KB.
 constexpr int64_t STRIP = 1 << 17;
 
-// Keys, values and what is to be known of them, of all heads that have any.
+// Keys, values and what is to be known of them, of the heads [first, first + heads) of all that have any.
 template <class Words, class T>
 struct Packed {
   const am_attention* a;
-  int64_t words, padded, key_room, value_room;  // words of a key; keys up to whole tiles; floats of a head
+  int64_t first, heads;
+  int64_t words, padded, depth;  // words of a key; keys up to whole tiles, and up to whole vectors
+  int64_t key_room, value_room;  // floats of a head
   Scratch keys, values, factors;
   uint8_t *flawed = nullptr, *tile_flawed = nullptr;
 
-  explicit Packed(const am_attention* attention)
+  Packed(const am_attention* attention, int64_t at_once)
       : a(attention),
+        first(0),
+        heads(at_once),
         words(words_for<Words>(a->width)),
         padded(up_to(a->keys, KEY_TILE)),
-        key_room(padded * words),
-        value_room(up_to(a->value_width, TILE_COLUMNS) * (padded / Words::IN_WORD)) {}
+        depth(up_to(a->keys, W)),
+        key_room(up_to(depth, TILE_COLUMNS) * words),
+        value_room(up_to(a->value_width, TILE_COLUMNS) * (depth / Words::IN_WORD)) {}
   ~Packed() {
     free(flawed);
     free(tile_flawed);
   }
-  int64_t heads() const { return a->batch * a->kv_heads; }
   int64_t tiles() const { return padded / KEY_TILE; }
-  const uint8_t* flawed_in(int64_t head) const { return flawed + head * padded; }
+  int64_t value_panel() const { return depth / Words::IN_WORD * TILE_COLUMNS; }  // floats from one to the next
+  const uint8_t* flawed_in(int64_t head) const { return flawed + (head - first) * padded; }
+  const uint8_t* tiles_flawed_in(int64_t head) const { return tile_flawed + (head - first) * tiles(); }
+  const float* factors_in(int64_t head) const { return factors.data + (head - first) * padded; }
+  const float* keys_in(int64_t head) const { return keys.data + (head - first) * key_room; }
+  const float* values_in(int64_t head) const { return values.data + (head - first) * value_room; }
 
   // Factors of the keys of one head are 1 / their length for cosines, and multiply the floats; pairs keep
   // their digits and have their scores multiplied.
   HeadRows<T> key_rows(int64_t head) const {
     HeadRows<T> rows(a->key, head / a->kv_heads, head % a->kv_heads, a->keys, a->width);
     rows.flawed = flawed_in(head);
-    if (a->cosine) rows.factor = factors.data + head * padded;
+    if (a->cosine) rows.factor = factors_in(head);
     return rows;
   }
   HeadRows<T> value_rows(int64_t head) const {
@@ -50,47 +59,60 @@ struct Packed {
     return rows;
   }
 
-  // Flaws and lengths; `pack` may follow for the same keys.
-  bool look(am_parallel with) {
-    flawed = (uint8_t*)calloc((size_t)(heads() * padded) + 1, 1);
-    tile_flawed = (uint8_t*)calloc((size_t)(heads() * tiles()) + 1, 1);
-    if (!flawed || !tile_flawed || (a->cosine && !factors.grow(heads() * padded))) return false;
-    parallel(with, heads() * tiles(), 4, [&](int64_t begin, int64_t end) {
+  // Flaws and lengths of as many heads from `from` on; `pack` may follow for the same heads.
+  bool look(am_parallel with, int64_t from) {
+    first = from;
+    if (!flawed) flawed = (uint8_t*)malloc((size_t)(heads * padded) + 1);
+    if (!tile_flawed) tile_flawed = (uint8_t*)malloc((size_t)(heads * tiles()) + 1);
+    if (!flawed || !tile_flawed || (a->cosine && !factors.grow(heads * padded))) return false;
+    parallel(with, here() * tiles(), 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) look_at(i / tiles(), i % tiles());
     });
     return true;
   }
-  void look_at(int64_t head, int64_t tile) {
+  int64_t here() const { return least(heads, a->batch * a->kv_heads - first); }
+  void look_at(int64_t i, int64_t tile) {
+    int64_t head = first + i, j = tile * KEY_TILE, end = least(j + KEY_TILE, a->keys);
     HeadRows<T> key(a->key, head / a->kv_heads, head % a->kv_heads, a->keys, a->width);
     HeadRows<T> value(a->value, head / a->kv_heads, head % a->kv_heads, a->keys, a->value_width);
-    for (int64_t j = tile * KEY_TILE; j < (tile + 1) * KEY_TILE; ++j) {
-      bool there = j < a->keys;
-      bool sound = !there || (is_finite(key.row(j), a->width) && is_finite(value.row(j), a->value_width));
-      flawed[head * padded + j] = !sound;
-      if (!sound) tile_flawed[head * tiles() + tile] = 1;
-      if (a->cosine) factors.data[head * padded + j] = there && sound ? one_over_length(key.row(j), a->width) : 1;
+    bool all_sound = true;
+    for (; j < end; ++j) {
+      bool sound = is_finite(key.row(j), a->width) && is_finite(value.row(j), a->value_width);
+      flawed[i * padded + j] = !sound;
+      all_sound = all_sound && sound;
+      if (a->cosine) factors.data[i * padded + j] = sound ? one_over_length(key.row(j), a->width) : 1;
     }
+    for (; j < (tile + 1) * KEY_TILE; ++j) {
+      flawed[i * padded + j] = 0;
+      if (a->cosine) factors.data[i * padded + j] = 1;
+    }
+    tile_flawed[i * tiles() + tile] = !all_sound;
   }
 
   bool pack(am_parallel with) {
-    if (!keys.grow(heads() * key_room) || !values.grow(heads() * value_room)) return false;
+    if (!keys.grow(heads * key_room) || !values.grow(heads * value_room)) return false;
     int failed = 0;
-    parallel(with, heads() * tiles(), 2, [&](int64_t begin, int64_t end) {
+    parallel(with, here() * tiles(), 2, [&](int64_t begin, int64_t end) {
       Scratch scratch(W * up_to(words, W));
       if (!scratch.data) {
         __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
         return;
       }
       for (int64_t i = begin; i < end; ++i) {
-        int64_t head = i / tiles(), from = i % tiles() * KEY_TILE;
-        pack_across<Words>(key_rows(head), from, from + KEY_TILE, keys.data + head * key_room + from * words, scratch.data);
-        pack_along(Words(), value_rows(head), from, from + KEY_TILE,
-                   values.data + head * value_room + from / Words::IN_WORD * TILE_COLUMNS,
-                   padded / Words::IN_WORD * TILE_COLUMNS);
+        int64_t head = i / tiles(), from = i % tiles() * KEY_TILE, to = least(from + KEY_TILE, depth);
+        pack_across<Words>(key_rows(first + head), from, to, keys.data + head * key_room + from * words, scratch.data);
+        pack_along(Words(), value_rows(first + head), from, to,
+                   values.data + head * value_room + from / Words::IN_WORD * TILE_COLUMNS, value_panel());
       }
     });
     return !failed;
   }
+};
+
+// Rows of queries beside each other, a multiple of TILE_ROWS, and how many keys of a tile they are taken against: a
+// multiple of W.
+struct Band {
+  int64_t row, rows, many;
 };
 
 // The rows of queries of a task, as words, and by what their scores have to be multiplied.
@@ -124,26 +146,30 @@ struct Queries {
   }
   int64_t room_of_row() const { return up_to(p.words, W); }
 
-  // Scores of all rows against the keys [from, from + many) of the head; many is a multiple of TILE_COLUMNS.
-  void scores(int64_t from, int64_t many, float* s, int64_t s_step) const {
-    const float* keys = p.keys.data + kv * p.key_room + from * p.words;
-    multiply<Words>(words, room_of_row(), 1, keys, TILE_COLUMNS * p.words, p.words, s, s_step, padded, many, false);
+  // Scores of the rows of the band against the keys from `from` on.
+  void scores(Band band, int64_t from, float* s, int64_t s_step) const {
+    const float* keys = p.keys_in(kv) + from * p.words;
+    multiply<Words>(words + band.row * room_of_row(), room_of_row(), 1, keys, TILE_COLUMNS * p.words, p.words,
+                    s + band.row * s_step, s_step, band.rows, band.many, false);
   }
 
   // What the scores of row r are beside the product: factors, biases, hidden keys. `within`: the row sees all of them.
-  void finish_scores(int64_t r, const RowView& view, int64_t from, int64_t many, float* s, bool within) {
+  void finish_scores(int64_t r, int64_t from, int64_t many, float* s, bool within) {
     const am_attention& a = *p.a;
     if (Words::IN_WORD > 1) {
       F f = set1(factor[r]);
-      const float* of_key = a.cosine ? p.factors.data + kv * p.padded + from : nullptr;
+      const float* of_key = a.cosine ? p.factors_in(kv) + from : nullptr;
       for (int64_t j = 0; j < many; j += W) {
         F v = load(s + j) * f;
         store(s + j, of_key ? v * load(of_key + j) : v);
       }
     }
-    if (a.visible.stretch || a.visible.slopes) view.shift(s, from, many);
-    if (!within) view.hide(s, from, many);
-    if (p.tile_flawed[kv * p.tiles() + from / KEY_TILE] || flawed[r]) look_for_poison(r, from, many, s);
+    if (!within || a.visible.stretch || a.visible.slopes) {
+      RowView view(a.visible, batch, head, first + r, a.keys);
+      view.shift(s, from, many);
+      if (!within) view.hide(s, from, many);
+    }
+    if (p.tiles_flawed_in(kv)[from / KEY_TILE] || flawed[r]) look_for_poison(r, from, many, s);
   }
   void look_for_poison(int64_t r, int64_t from, int64_t many, const float* s) {
     const uint8_t* flaws = p.flawed_in(kv) + from;
@@ -156,20 +182,31 @@ struct Queries {
     KeyRange all = all_see(p.a->visible, first, count, p.a->keys);
     return all.low <= from && from + many <= all.high;
   }
+  // Calls step(band) for all rows and the keys [from, from + many): at once, or where not all see all of them, for
+  // TILE_ROWS rows at a time, with as many keys as those see the last of.
+  template <class Step>
+  void each_band(int64_t from, int64_t many, bool within, Step step) const {
+    if (within) return step(Band{0, padded, many});
+    for (int64_t row = 0; row < padded; row += TILE_ROWS) {
+      KeyRange some = some_see(p.a->visible, first + row, least(TILE_ROWS, count - row), p.a->keys);
+      int64_t reach = least(up_to(most(some.high - from, 0), W), many);
+      if (reach > 0) step(Band{row, TILE_ROWS, reach});
+    }
+  }
   KeyRange seen() const {
     KeyRange some = some_see(p.a->visible, first, count, p.a->keys);
     return {some.low / TILE_COLUMNS * TILE_COLUMNS, some.high};
   }
 };
 
-// Values weighted by P (rows by words), added to what is there.
+// Values weighted by the weights of the rows of the band, added to what is there.
 template <class Words, class T>
-static void add_values(const Queries<Words, T>& q, const float* weights, int64_t step, int64_t from, int64_t many, float* out,
+static void add_values(const Queries<Words, T>& q, Band band, const float* weights, int64_t step, int64_t from, float* out,
                        int64_t out_step, bool add) {
   const auto& p = q.p;
-  const float* values = p.values.data + q.kv * p.value_room + from / Words::IN_WORD * TILE_COLUMNS;
-  multiply<Words>(weights, step, 1, values, p.padded / Words::IN_WORD * TILE_COLUMNS, many / Words::IN_WORD, out, out_step,
-                  q.padded, p.a->value_width, add);
+  const float* values = p.values_in(q.kv) + from / Words::IN_WORD * TILE_COLUMNS;
+  multiply<Words>(weights + band.row * step, step, 1, values, p.value_panel(), band.many / Words::IN_WORD,
+                  out + band.row * out_step, out_step, band.rows, p.a->value_width, add);
 }
 
 template <class T>
@@ -210,19 +247,21 @@ static void attend_streaming(const Packed<Words, T>& p, int64_t batch, int64_t h
   for (int64_t from = seen.low; from < seen.high;) {
     // tiles begin where tiles begin, so that each has its flag
     int64_t end = (from / KEY_TILE + 1) * KEY_TILE;
-    int64_t many = up_to(least(end, seen.high) - from, TILE_COLUMNS);
+    int64_t many = up_to(least(end, seen.high) - from, W);
     bool within = q.within(from, many);
-    q.scores(from, many, scores, KEY_TILE);
-    for (int64_t r = 0; r < count; ++r) {
-      float *s = scores + r * KEY_TILE, *w = weights + r * KEY_TILE;
-      q.finish_scores(r, RowView(a.visible, batch, head, first + r, a.keys), from, many, s, within);
-      float factor = Map::template weigh<Words>(state[r], s, w, many);
-      if (factor != 1) {
-        F f = set1(factor);
-        for (int64_t j = 0; j < wide; j += W) store(out + r * wide + j, load(out + r * wide + j) * f);
+    q.each_band(from, many, within, [&](Band band) {
+      q.scores(band, from, scores, KEY_TILE);
+      for (int64_t r = band.row; r < least(band.row + band.rows, count); ++r) {
+        float *s = scores + r * KEY_TILE, *w = weights + r * KEY_TILE;
+        q.finish_scores(r, from, band.many, s, within);
+        float factor = Map::template weigh<Words>(state[r], s, w, band.many);
+        if (factor != 1) {
+          F f = set1(factor);
+          for (int64_t j = 0; j < wide; j += W) store(out + r * wide + j, load(out + r * wide + j) * f);
+        }
       }
-    }
-    add_values(q, weights, KEY_TILE, from, many, out, wide, true);
+      add_values(q, band, weights, KEY_TILE, from, out, wide, true);
+    });
     from = end;
   }
   float factors[QUERY_ROWS], nothing[AM_STATS];
@@ -239,29 +278,38 @@ static void attend_by_strip(const Packed<Words, T>& p, int64_t batch, int64_t he
   float *out = room, *words = out + QUERY_ROWS * wide, *strip = words + QUERY_ROWS * up_to(p.words, W);
   Queries<Words, T> q(p, batch, head, first, count, words);
   KeyRange seen = q.seen();
-  int64_t from = seen.low / KEY_TILE * KEY_TILE, length = most(up_to(seen.high, TILE_COLUMNS) - from, 0);
+  int64_t from = seen.low / KEY_TILE * KEY_TILE, length = most(up_to(seen.high, W) - from, 0);
   int64_t strip_step = length + TILE_COLUMNS;  // rows a power of two apart would share their places in the cache
   float* weights = strip + q.padded * strip_step;
   typename Map::State state[QUERY_ROWS];
   for (int64_t r = 0; r < count; ++r) Map::open(state[r], q.row(r));
+  int64_t reach[QUERY_ROWS / TILE_ROWS] = {};  // how far the rows of a band have come
   for (int64_t at = 0; at < length; at += KEY_TILE) {
     int64_t many = least(KEY_TILE, length - at);
     bool within = q.within(from + at, many);
-    q.scores(from + at, many, strip + at, strip_step);
-    for (int64_t r = 0; r < count; ++r) {
-      float* s = strip + r * strip_step;
-      q.finish_scores(r, RowView(a.visible, batch, head, first + r, a.keys), from + at, many, s + at, within);
-      Map::first(state[r], s + at, many, s, at);
-    }
+    q.each_band(from + at, many, within, [&](Band band) {
+      q.scores(band, from + at, strip + at, strip_step);
+      for (int64_t r = band.row; r < least(band.row + band.rows, count); ++r) {
+        float* s = strip + r * strip_step;
+        q.finish_scores(r, from + at, band.many, s + at, within);
+        Map::first(state[r], s + at, band.many, s, at);
+      }
+      for (int64_t r = band.row; r < band.row + band.rows; r += TILE_ROWS) reach[r / TILE_ROWS] = at + band.many;
+    });
   }
   int64_t step = strip_step / Words::IN_WORD;
   memset(weights, 0, (size_t)(q.padded * step) * 4);
+  memset(out, 0, (size_t)(q.padded * wide) * 4);
+  auto sum_values = [&] {
+    for (int64_t r = 0; r < q.padded; r += TILE_ROWS)
+      add_values(q, Band{r, TILE_ROWS, reach[r / TILE_ROWS]}, weights, step, from, out, wide, false);
+  };
   float factors[QUERY_ROWS], extra_factors[QUERY_ROWS];
   for (int64_t r = 0; r < count; ++r) {
     typename Map::Row row = Map::settle(state[r], q.row(r));
     D total = zero(), second = zero();
     const float* f = strip + r * strip_step;
-    for (int64_t j = 0; j < length; j += W) {
+    for (int64_t j = 0; j < reach[r / TILE_ROWS]; j += W) {
       F w = row.of(load(f + j));
       put_weights<Words>(weights + r * step, j, w);
       total = total + widen(w);
@@ -271,17 +319,15 @@ static void attend_by_strip(const Packed<Words, T>& p, int64_t batch, int64_t he
     factors[r] = Map::close(state[r], row, q.row(r), sum_of_lanes(total), sum_of_lanes(second),
                             stats_of(a, q.row(r), nothing), &extra_factors[r]);
   }
-  if (length > 0)
-    add_values(q, weights, step, from, length, out, wide, false);
-  else
-    memset(out, 0, (size_t)(q.padded * wide) * 4);
+  sum_values();
   store_out(q, out, wide, factors);
   if (!a.extra) return;
   for (int64_t r = 0; r < count; ++r) {
     typename Map::Row row = Map::settle(state[r], q.row(r));
-    for (int64_t j = 0; j < length; j += W) put_weights<Words>(weights + r * step, j, row.second_of(load(strip + r * strip_step + j)));
+    for (int64_t j = 0; j < reach[r / TILE_ROWS]; j += W)
+      put_weights<Words>(weights + r * step, j, row.second_of(load(strip + r * strip_step + j)));
   }
-  if (length > 0) add_values(q, weights, step, from, length, out, wide, false);
+  sum_values();
   for (int64_t r = 0; r < count; ++r) {
     float* to = a.extra + ((batch * a.heads + head) * a.queries + first + r) * a.value_width;
     F f = set1(q.poisoned[r] ? 0 : extra_factors[r]);
@@ -311,10 +357,15 @@ static int share(am_parallel with, int64_t count, int64_t floats, const Task& ta
   return failed;
 }
 
+// Heads that are packed at a time: enough to keep the threads busy, and no more, so that the memory that they take is
+// used again.
+constexpr int64_t TASKS_PER_THREAD = 32;
+
 template <class Words, class T>
 static int attention_as(const am_attention* a, am_parallel with) {
-  Packed<Words, T> p(a);
-  if (!p.look(with) || !p.pack(with)) return 1;
+  int64_t all = a->batch * a->kv_heads, group = a->heads / a->kv_heads;
+  int64_t at_once = (TASKS_PER_THREAD * with.threads * QUERY_ROWS + a->queries * group - 1) / (a->queries * group);
+  Packed<Words, T> p(a, most(1, least(all, at_once)));
   int64_t wide = up_to(a->value_width, TILE_COLUMNS), row_words = up_to(p.words, W);
   bool by_strip = a->map == AM_MAP_LSSAR || a->map == AM_MAP_CLIPPED;
   int64_t rows = QUERY_ROWS, room = QUERY_ROWS * (wide + row_words);
@@ -325,19 +376,24 @@ static int attention_as(const am_attention* a, am_parallel with) {
     room += 2 * QUERY_ROWS * KEY_TILE;
   }
   int64_t blocks = (a->queries + rows - 1) / rows;
-  return share(with, a->batch * a->heads * blocks, room, [&](int64_t i, float* scratch) {
-    // the longest rows of a causal head first
-    int64_t head = i / blocks, first = (blocks - 1 - i % blocks) * rows, count = least(rows, a->queries - first);
-    int64_t b = head / a->heads, h = head % a->heads;
-    switch (a->map) {
-      case AM_MAP_SOFTMAX: return attend_streaming<SoftmaxMap>(p, b, h, first, count, scratch);
-      case AM_MAP_SIGMOID: return attend_streaming<SigmoidMap>(p, b, h, first, count, scratch);
-      case AM_MAP_RELU: return attend_streaming<ReluMap>(p, b, h, first, count, scratch);
-      case AM_MAP_SOFTPLUS: return attend_streaming<SoftplusMap>(p, b, h, first, count, scratch);
-      case AM_MAP_LSSAR: return attend_by_strip<LssarMap>(p, b, h, first, count, scratch);
-      case AM_MAP_CLIPPED: return attend_by_strip<ClippedMap>(p, b, h, first, count, scratch);
-    }
-  });
+  for (int64_t kv = 0; kv < all; kv += p.heads) {
+    if (!p.look(with, kv) || !p.pack(with)) return 1;
+    int failed = share(with, p.here() * group * blocks, room, [&](int64_t i, float* scratch) {
+      // the longest rows of a causal head first
+      int64_t head = kv * group + i / blocks, first = (blocks - 1 - i % blocks) * rows, count = least(rows, a->queries - first);
+      int64_t b = head / a->heads, h = head % a->heads;
+      switch (a->map) {
+        case AM_MAP_SOFTMAX: return attend_streaming<SoftmaxMap>(p, b, h, first, count, scratch);
+        case AM_MAP_SIGMOID: return attend_streaming<SigmoidMap>(p, b, h, first, count, scratch);
+        case AM_MAP_RELU: return attend_streaming<ReluMap>(p, b, h, first, count, scratch);
+        case AM_MAP_SOFTPLUS: return attend_streaming<SoftplusMap>(p, b, h, first, count, scratch);
+        case AM_MAP_LSSAR: return attend_by_strip<LssarMap>(p, b, h, first, count, scratch);
+        case AM_MAP_CLIPPED: return attend_by_strip<ClippedMap>(p, b, h, first, count, scratch);
+      }
+    });
+    if (failed) return failed;
+  }
+  return 0;
 }
 
 template <class T>

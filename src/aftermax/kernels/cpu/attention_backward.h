@@ -22,8 +22,8 @@ struct Backward {
   Scratch parts;  // of the gradients of queries: (batch, heads, splits, rows, deep)
 
   explicit Backward(const am_attention_backward* backward)
-      : b(backward), a(backward->forward), p(&backward->forward), group(a.heads / a.kv_heads),
-        splits(most(1, least(least((TASKS + p.heads() - 1) / most(p.heads(), 1), 8), p.tiles()))),
+      : b(backward), a(backward->forward), p(&backward->forward, most(1, a.batch * a.kv_heads)), group(a.heads / a.kv_heads),
+        splits(most(1, least(least((TASKS + p.heads - 1) / p.heads, 8), p.tiles()))),
         rows(up_to(a.queries, TILE_ROWS)), deep(up_to(a.width, TILE_COLUMNS)), wide(up_to(a.value_width, TILE_COLUMNS)) {}
 
   int64_t tiles_of(int64_t split) const { return (p.tiles() - split + splits - 1) / splits; }
@@ -112,7 +112,7 @@ struct Backward {
 
   template <class Map>
   void tile(int64_t kv, int64_t batch, int64_t head, int64_t split, int64_t i, const Room& room) const {
-    int64_t from = (split + i * splits) * KEY_TILE, many = up_to(least(KEY_TILE, a.keys - from), TILE_COLUMNS);
+    int64_t from = (split + i * splits) * KEY_TILE, many = up_to(least(KEY_TILE, a.keys - from), W);
     HeadRows<T> keys = p.key_rows(kv);
     pack_across<Singles>(keys, from, from + many, room.keys, room.scratch);
     pack_across<Singles>(p.value_rows(kv), from, from + many, room.values, room.scratch);
@@ -153,9 +153,11 @@ struct Backward {
       memset(dp, 0, (size_t)many * 4);
       return;
     }
-    RowView view(a.visible, row.batch, row.head, row.row, a.keys);
-    if (a.visible.stretch || a.visible.slopes) view.shift(s, from, many);
-    if (!within) view.hide(s, from, many);
+    if (!within || a.visible.stretch || a.visible.slopes) {
+      RowView view(a.visible, row.batch, row.head, row.row, a.keys);
+      view.shift(s, from, many);
+      if (!within) view.hide(s, from, many);
+    }
     typename Map::Back back(row, stats_of(a, row, nullptr), delta, of_extra);
     for (int64_t j = 0; j < many; j += W) {
       F w, slope;
@@ -163,7 +165,7 @@ struct Backward {
       store(s + j, w);
       store(dp + j, slope);
     }
-    if (a.visible.stretch) view.stretch(dp, from, many);
+    if (a.visible.stretch) RowView(a.visible, row.batch, row.head, row.row, a.keys).stretch(dp, from, many);
   }
 
   // ---- results ----
@@ -191,7 +193,7 @@ struct Backward {
         store_zeros(b->grad_value, at, a.value_width);
         continue;
       }
-      float over_length = a.cosine ? p.factors.data[kv * p.padded + from + j] : 1;
+      float over_length = a.cosine ? p.factors_in(kv)[from + j] : 1;
       HeadRows<T> key(a.key, at.batch, at.head, a.keys, a.width);
       store_vector(b->grad_key, at, key.row(from + j), room.grad_keys + (i * KEY_TILE + j) * deep, over_length, over_length);
       store_out_row<T>(b->grad_value, at, room.grad_values + (i * KEY_TILE + j) * wide, 1, a.value_width);
@@ -221,9 +223,9 @@ struct Backward {
   }
 
   int run(am_parallel with) {
-    if (!p.look(with) || !parts.grow(a.batch * a.heads * splits * rows * deep)) return 1;
+    if (!p.look(with, 0) || !parts.grow(a.batch * a.heads * splits * rows * deep)) return 1;
     Room size(*this, nullptr);
-    int failed = share(with, p.heads() * splits, size.size, [&](int64_t i, float* memory) {
+    int failed = share(with, p.heads * splits, size.size, [&](int64_t i, float* memory) {
       int64_t kv = i / splits, split = i % splits;
       switch (a.map) {
         case AM_MAP_SOFTMAX: return task<SoftmaxMap>(kv, split, memory);
