@@ -53,6 +53,28 @@ static int memory(const float* x, float* y, int64_t n, am_parallel with) {
   return 0;
 }
 
+// The other yardstick: what the multipliers do at best. Products added in registers, nothing else; returns how many
+// additions and multiplications those were.
+template <class Words>
+static int64_t multiply_adds_of(int64_t rounds) {
+  constexpr int CHAINS = 12;  // twice the latency of the multipliers
+  F sum[CHAINS], a = set1(0.5f), b = set1(0.25f);
+  for (F& s : sum) s = set1(0);
+  for (int64_t i = 0; i < rounds; ++i)
+    for (F& s : sum) s = Words::add_product(a, b, s);
+  F all = set1(0);
+  for (F s : sum) all = all + s;
+  volatile float use = max_of_lanes(all);
+  (void)use;
+  return rounds * CHAINS * W * 2 * Words::IN_WORD;
+}
+static int64_t multiply_adds(int64_t rounds) { return multiply_adds_of<Singles>(rounds); }
+#if defined(AM_PAIRS)
+static int64_t multiply_pairs(int64_t rounds) { return multiply_adds_of<Pairs>(rounds); }
+#else
+static int64_t multiply_pairs(int64_t) { return 0; }
+#endif
+
 extern const am_body_table body;
 const am_body_table body = {
     AM_NAME,
@@ -69,6 +91,8 @@ const am_body_table body = {
     attention,
     attention_backward,
     count_visible,
+    multiply_adds,
+    multiply_pairs,
 };
 
 }  // namespace AM_ISA

@@ -110,6 +110,8 @@ int am_use_isa(const char* name) {
   }
   return 1;
 }
+int64_t am_multiply_adds(int64_t rounds) { return in_use->multiply_adds(rounds); }
+int64_t am_multiply_pairs(int64_t rounds) { return in_use->multiply_pairs(rounds); }
 int64_t am_l2_bytes(void) { return l2; }
 int64_t am_last_level_bytes(void) { return l3 > l2 ? l3 : l2; }
 

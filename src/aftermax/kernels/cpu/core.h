@@ -236,6 +236,10 @@ typedef struct {
   int (*attention)(const am_attention*, am_parallel);
   int (*attention_backward)(const am_attention_backward*, am_parallel);
   int (*count)(const am_count*, am_parallel);
+  // what the multipliers can do at best, in float32 and in pairs of bfloat16: runs a loop of nothing but products that are
+  // added up, and returns their number of operations (0 where there are no such multipliers)
+  int64_t (*multiply_adds)(int64_t rounds);
+  int64_t (*multiply_pairs)(int64_t rounds);
 } am_body_table;
 
 #if defined(__GNUC__)
@@ -255,6 +259,10 @@ AM_EXPORT int am_use_isa(const char* name);
 // Sizes of this processor's caches in bytes, as far as it tells: L2 of one core, and the last level.
 AM_EXPORT int64_t am_l2_bytes(void);
 AM_EXPORT int64_t am_last_level_bytes(void);
+
+// The table's multiply_adds and multiply_pairs, of the body in use.
+AM_EXPORT int64_t am_multiply_adds(int64_t rounds);
+AM_EXPORT int64_t am_multiply_pairs(int64_t rounds);
 
 // Whether a result of that size has yet to get its pages from the system, and the request for them: large
 // ones where those come quickly, unless AFTERMAX_HUGE_PAGES=0.
