@@ -4,13 +4,11 @@
 // (row_maps.h) walks the tiles of keys once: scores = query key^T, weights in place of scores, out += weights value. A
 // map that has to see its row first keeps the scores of fewer rows, all keys of them, in a strip.
 #pragma once
-#include "row_maps.h"
-#include "visible.h"
+#include "few_queries.h"
+#include "tasks.h"
 
 namespace AM_ISA {
 
-constexpr int64_t QUERY_ROWS = 64;
-constexpr int64_t KEY_TILE = 128;
 // Floats that the strip of one task may hold, where that leaves it TILE_ROWS rows: 512 KB.
 constexpr int64_t STRIP = 1 << 17;
 
@@ -209,17 +207,6 @@ static void add_values(const Queries<Words, T>& q, Band band, const float* weigh
                   out + band.row * out_step, out_step, band.rows, p.a->value_width, add);
 }
 
-template <class T>
-static void store_out_row(const am_heads& to, const RowOf& row, const float* from, float factor, int64_t width) {
-  T* y = (T*)to.data + row.batch * to.step[0] + row.head * to.step[1] + row.row * to.step[2];
-  F f = set1(factor);
-  each_vector(from, 0, width, 0, [&](F v, int lanes, int64_t i) { put(y + i, v * f, lanes); });
-}
-
-static inline float* stats_of(const am_attention& a, const RowOf& row, float* otherwise) {
-  return a.stats ? a.stats + ((row.batch * a.heads + row.head) * a.queries + row.row) * AM_STATS : otherwise;
-}
-
 template <class Words, class T>
 static void store_out(const Queries<Words, T>& q, const float* out, int64_t step, const float* factors) {
   const am_attention& a = *q.p.a;
@@ -337,32 +324,13 @@ static void attend_by_strip(const Packed<Words, T>& p, int64_t batch, int64_t he
 
 // ---- tasks -----------------------------------------------------------------------------------------
 
-// Runs task(i, scratch) for i in [0, count): whoever is free takes the next. 1 where there was no memory.
-template <class Task>
-static int share(am_parallel with, int64_t count, int64_t floats, const Task& task) {
-  int failed = 0;
-  int64_t next = 0, workers = least(with.threads, count);
-  parallel(with, workers, 1, [&](int64_t, int64_t) {
-    Scratch scratch(floats);
-    if (!scratch.data) {
-      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-      return;
-    }
-    for (;;) {
-      int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (i >= count) return;
-      task(i, scratch.data);
-    }
-  });
-  return failed;
-}
-
 // Heads that are packed at a time: enough to keep the threads busy, and no more, so that the memory that they take is
 // used again.
 constexpr int64_t TASKS_PER_THREAD = 32;
 
 template <class Words, class T>
 static int attention_as(const am_attention* a, am_parallel with) {
+  if (are_few(a)) return attend_few<T>(a, with);
   int64_t all = a->batch * a->kv_heads, group = a->heads / a->kv_heads;
   int64_t at_once = (TASKS_PER_THREAD * with.threads * QUERY_ROWS + a->queries * group - 1) / (a->queries * group);
   Packed<Words, T> p(a, most(1, least(all, at_once)));

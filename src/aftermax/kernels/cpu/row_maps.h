@@ -3,7 +3,8 @@
 //
 // A map that streams has a State for each row, which weigh() brings forward from tile to tile. What it returns is the
 // factor by which all that was summed with earlier weights has to be multiplied. close() gives the factor that is left
-// for the whole row, and what the backward pass needs of it (am_attention.stats; the first must be written).
+// for the whole row, and what the backward pass needs of it (am_attention.stats; the first must be written). merge() puts
+// together the states of two parts of a row, and says what their sums have to be multiplied by.
 //
 // In the backward pass the map of a row turns scores and the gradients of weights (dp = grad . value) into weights and
 // the gradients of scores.
@@ -138,6 +139,33 @@ struct SoftmaxMap {
     return factor;
   }
 
+  // `more`: of keys that come later, without a sink.
+  static void merge(State& s, const State& more, float* of_s, float* of_more) {
+    if (!more.begun) {
+      *of_more = 0;
+      return;
+    }
+    if (!s.begun) {
+      s = more;
+      *of_s = 0;
+      return;
+    }
+    if (s.shift == 0 && more.shift == 0) {
+      float e = s.e > more.e ? s.e : more.e;
+      *of_s = (float)times_power(1, s.e - e);
+      *of_more = (float)times_power(1, more.e - e);
+      s.e = e;
+    } else {
+      double log = s.log(), log_of_more = more.log();
+      s.shift = (float)(log > log_of_more ? log : log_of_more);
+      s.e = 0;
+      *of_s = (float)::exp(log - s.shift);
+      *of_more = (float)::exp(log_of_more - s.shift);
+    }
+    s.sink *= *of_s;
+    s.sum = s.sum * widen(set1(*of_s)) + more.sum * widen(set1(*of_more));
+  }
+
   static float close(const State& s, const RowOf&, float* stats) {
     double total = s.total();
     float factor = total > 0 || total != total ? (float)(1 / total) : 0;
@@ -171,6 +199,7 @@ struct SigmoidMap {
     for (int64_t j = 0; j < n; j += W) put_weights<Words>(p, j, sigmoid(load(x + j) + s.bias));
     return 1;
   }
+  static void merge(State&, const State&, float*, float*) {}
   static float close(const State&, const RowOf&, float* stats) { return stats[0] = 1; }
 
   struct Back {
@@ -193,6 +222,7 @@ struct ReluMap {
     for (int64_t j = 0; j < n; j += W) put_weights<Words>(p, j, s.power.of(max(set1(0), load(x + j))));
     return 1;
   }
+  static void merge(State&, const State&, float*, float*) {}
   static float close(const State&, const RowOf& row, float* stats) {
     return stats[0] = row.per(row.a->row_weight, 1);
   }
@@ -230,6 +260,7 @@ struct SoftplusMap {
     s.sum = s.sum + widen(sum);
     return 1;
   }
+  static void merge(State& s, const State& more, float*, float*) { s.sum = s.sum + more.sum; }
   static float close(const State& s, const RowOf&, float* stats) {
     double total = sum_of_lanes(s.sum);
     return stats[0] = total > 0 || total != total ? (float)(1 / total) : 0;
@@ -271,6 +302,10 @@ struct LssarMap {
       s.top = max(f, s.top);
     }
     s.sum = s.sum + widen(sum);
+  }
+  static void merge(State& s, const State& more) {
+    s.sum = s.sum + more.sum;
+    s.top = max(s.top, more.top);
   }
 
   struct Row {

@@ -162,6 +162,14 @@ static inline void transpose(F* v) {
   }
 }
 
+// Lane i of the result is the sum of the lanes of v[i].
+static inline F sums_by_lane(F* v) {
+  transpose(v);
+  for (int step = W / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) v[i] = v[i] + v[i + step];
+  return v[0];
+}
+
 static inline F divide(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
 static inline F absolute(F a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 // x < y ? a : b; b where x is NaN.

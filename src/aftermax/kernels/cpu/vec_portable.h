@@ -127,6 +127,14 @@ static inline void transpose(F* v) {
     }
 }
 
+// Lane i of the result is the sum of the lanes of v[i].
+static inline F sums_by_lane(F* v) {
+  transpose(v);
+  for (int step = W / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) v[i] = v[i] + v[i + step];
+  return v[0];
+}
+
 static inline F divide(F a, F b) { AM_LANES(a.v[i] / b.v[i]); }
 static inline F absolute(F a) { AM_LANES(a.v[i] < 0 ? -a.v[i] : a.v[i]); }
 // x < y ? a : b; b where x is NaN.

@@ -1,0 +1,42 @@
+// What the ways of attention share: sizes of blocks, how tasks are handed out, how a row of the result is stored.
+#pragma once
+#include "row_maps.h"
+#include "visible.h"
+
+namespace AM_ISA {
+
+constexpr int64_t QUERY_ROWS = 64;
+constexpr int64_t KEY_TILE = 128;
+
+// Runs task(i, scratch) for i in [0, count): whoever is free takes the next. 1 where there was no memory.
+template <class Task>
+static int share(am_parallel with, int64_t count, int64_t floats, const Task& task) {
+  int failed = 0;
+  int64_t next = 0, workers = least(with.threads, count);
+  parallel(with, workers, 1, [&](int64_t, int64_t) {
+    Scratch scratch(floats);
+    if (!scratch.data) {
+      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+      return;
+    }
+    for (;;) {
+      int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (i >= count) return;
+      task(i, scratch.data);
+    }
+  });
+  return failed;
+}
+
+template <class T>
+static void store_out_row(const am_heads& to, const RowOf& row, const float* from, float factor, int64_t width) {
+  T* y = (T*)to.data + row.batch * to.step[0] + row.head * to.step[1] + row.row * to.step[2];
+  F f = set1(factor);
+  each_vector(from, 0, width, 0, [&](F v, int lanes, int64_t i) { put(y + i, v * f, lanes); });
+}
+
+static inline float* stats_of(const am_attention& a, const RowOf& row, float* otherwise) {
+  return a.stats ? a.stats + ((row.batch * a.heads + row.head) * a.queries + row.row) * AM_STATS : otherwise;
+}
+
+}  // namespace AM_ISA
