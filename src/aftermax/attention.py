@@ -79,7 +79,7 @@ def attention(
         query, key, value, weights, attn_mask, is_causal, scale, enable_gqa, dropout_p, learned
     )
     out = fused.attend(call) if _uses_kernels(call, impl) else blocks.attend(call)
-    return out.reshape(*lead, *out.shape[-2:])
+    return out if query.ndim == 4 else out.reshape(*lead, *out.shape[-2:])
 
 
 def attention_weights(

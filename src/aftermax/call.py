@@ -75,6 +75,8 @@ def check_weights(weights: object) -> None:
 
 
 def four_dimensions(x: Tensor) -> Tensor:
+    if x.ndim == 4:
+        return x
     if not 2 <= x.ndim <= 4:
         raise ValueError(
             f"query, key and value need two to four dimensions (B, H, T, D), got {tuple(x.shape)}"
@@ -83,7 +85,6 @@ def four_dimensions(x: Tensor) -> Tensor:
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ValueError(
             "query, key and value need one floating-point dtype, "
@@ -93,17 +94,24 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         raise ValueError(
             f"query, key, value need one device, got {query.device}, {key.device}, {value.device}"
         )
-    if key.shape[:-1] != value.shape[:-1] or key.shape[0] != query.shape[0]:
+    if (wrong := _misfit(query.shape, key.shape, value.shape, enable_gqa)) is not None:
         raise ValueError(
-            f"key and value need the same (B, Hkv, Tk), and B is the query's: {shapes}"
+            f"{wrong}: query {tuple(query.shape)}, key {tuple(key.shape)},"
+            f" value {tuple(value.shape)}"
         )
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key need one width D: {shapes}")
-    heads, key_heads = query.shape[1], key.shape[1]
+
+
+def _misfit(query: torch.Size, key: torch.Size, value: torch.Size, enable_gqa: bool) -> str | None:
+    heads, key_heads = query[1], key[1]
+    if key[:-1] != value[:-1] or key[0] != query[0]:
+        return "key and value need the same (B, Hkv, Tk), and B is the query's"
+    if query[-1] != key[-1]:
+        return "query and key need one width D"
     if heads != key_heads and not enable_gqa:
-        raise ValueError(f"heads differ ({heads} and {key_heads}): pass enable_gqa=True. {shapes}")
+        return f"heads differ ({heads} and {key_heads}): pass enable_gqa=True"
     if key_heads == 0 or heads % key_heads:
-        raise ValueError(f"grouped queries need H divisible by Hkv: {shapes}")
+        return "grouped queries need H divisible by Hkv"
+    return None
 
 
 def _visible_of(attn_mask: Tensor | Visible | None, is_causal: bool) -> Visible:

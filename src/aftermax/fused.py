@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aftermax import kernels, scores
 from aftermax.call import Call
-from aftermax.kernels.attention_ops import MAPS
+from aftermax.kernels.attention_ops import MAPS, Differentiable
 from aftermax.reference import transformed
 from aftermax.visible import Visible, hidden_below
 from aftermax.weights.row_map import RowMap
@@ -104,7 +104,9 @@ def _walk(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     )
     ops = torch.ops.aftermax
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return ops.attention.default(*tensors, *options)[0]
+        # tracing takes the operator as it is registered; in between, half of its time goes by there
+        differentiable = ops.attention if torch.compiler.is_compiling() else Differentiable.apply
+        return differentiable(*tensors, *options)[0]
     return ops.attention_forward.default(*tensors, *options)
 
 
