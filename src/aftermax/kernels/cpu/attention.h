@@ -107,12 +107,6 @@ struct Packed {
   }
 };
 
-// Rows of queries beside each other, a multiple of TILE_ROWS, and how many keys of a tile they are taken against: a
-// multiple of W.
-struct Band {
-  int64_t row, rows, many;
-};
-
 // The rows of queries of a task, as words, and by what their scores have to be multiplied.
 template <class Words, class T>
 struct Queries {
@@ -180,16 +174,9 @@ struct Queries {
     KeyRange all = all_see(p.a->visible, first, count, p.a->keys);
     return all.low <= from && from + many <= all.high;
   }
-  // Calls step(band) for all rows and the keys [from, from + many): at once, or where not all see all of them, for
-  // TILE_ROWS rows at a time, with as many keys as those see the last of.
   template <class Step>
   void each_band(int64_t from, int64_t many, bool within, Step step) const {
-    if (within) return step(Band{0, padded, many});
-    for (int64_t row = 0; row < padded; row += TILE_ROWS) {
-      KeyRange some = some_see(p.a->visible, first + row, least(TILE_ROWS, count - row), p.a->keys);
-      int64_t reach = least(up_to(most(some.high - from, 0), W), many);
-      if (reach > 0) step(Band{row, TILE_ROWS, reach});
-    }
+    each_band_of(p.a->visible, first, count, p.a->keys, from, many, within, step);
   }
   KeyRange seen() const {
     KeyRange some = some_see(p.a->visible, first, count, p.a->keys);

@@ -124,23 +124,35 @@ struct Backward {
     float* grad_query = part(batch, head, split);
 
     for (int64_t first = 0; first < a.queries; first += QUERY_ROWS) {
-      int64_t count = least(QUERY_ROWS, a.queries - first), padded = up_to(count, TILE_ROWS);
+      int64_t count = least(QUERY_ROWS, a.queries - first);
       KeyRange some = some_see(a.visible, first, count, a.keys), all = all_see(a.visible, first, count, a.keys);
       if (some.high <= from || some.low >= from + many) continue;
       bool within = !a.visible.mask && all.low <= from && from + many <= all.high;
       const float *query = room.query + first * deep, *grad = room.grad + first * wide;
-      multiply<Singles>(query, deep, 1, room.keys, TILE_COLUMNS * a.width, a.width, room.weights, KEY_TILE, padded, many, false);
-      multiply<Singles>(grad, wide, 1, room.values, TILE_COLUMNS * a.value_width, a.value_width, room.slopes, KEY_TILE, padded,
-                        many, false);
-      for (int64_t r = 0; r < count; ++r)
-        differentiate<Map>(row(batch, head, first + r), from, many, within, room.delta[first + r], room.of_extra[first + r],
-                           room.weights + r * KEY_TILE, room.slopes + r * KEY_TILE);
+      int64_t begin = count;  // of the rows that see any of the keys
+      each_band_of(a.visible, first, count, a.keys, from, many, within, [&](Band band) {
+        float *weights = room.weights + band.row * KEY_TILE, *slopes = room.slopes + band.row * KEY_TILE;
+        begin = least(begin, band.row);
+        multiply<Singles>(query + band.row * deep, deep, 1, room.keys, TILE_COLUMNS * a.width, a.width, weights, KEY_TILE,
+                          band.rows, band.many, false);
+        multiply<Singles>(grad + band.row * wide, wide, 1, room.values, TILE_COLUMNS * a.value_width, a.value_width, slopes,
+                          KEY_TILE, band.rows, band.many, false);
+        for (int64_t r = 0; r < least(band.rows, count - band.row); ++r) {
+          int64_t at = first + band.row + r;
+          float *w = weights + r * KEY_TILE, *s = slopes + r * KEY_TILE;
+          differentiate<Map>(row(batch, head, at), from, band.many, within, room.delta[at], room.of_extra[at], w, s);
+          memset(w + band.many, 0, (size_t)(many - band.many) * 4);
+          memset(s + band.many, 0, (size_t)(many - band.many) * 4);
+        }
+        // (rows x keys) (keys x width)
+        multiply<Singles>(slopes, KEY_TILE, 1, room.keys_along, TILE_COLUMNS, band.many,
+                          grad_query + (first + band.row) * deep, deep, band.rows, a.width, true, deep);
+      });
       // (keys x rows) (rows x width)
-      multiply<Singles>(room.weights, 1, KEY_TILE, grad, TILE_COLUMNS, count, grad_values, wide, many, a.value_width, true, wide);
-      multiply<Singles>(room.slopes, 1, KEY_TILE, query, TILE_COLUMNS, count, grad_keys, deep, many, a.width, true, deep);
-      // (rows x keys) (keys x width)
-      multiply<Singles>(room.slopes, KEY_TILE, 1, room.keys_along, TILE_COLUMNS, many, grad_query + first * deep, deep, padded,
-                        a.width, true, deep);
+      multiply<Singles>(room.weights + begin * KEY_TILE, 1, KEY_TILE, grad + begin * wide, TILE_COLUMNS, count - begin,
+                        grad_values, wide, many, a.value_width, true, wide);
+      multiply<Singles>(room.slopes + begin * KEY_TILE, 1, KEY_TILE, query + begin * deep, TILE_COLUMNS, count - begin, grad_keys,
+                        deep, many, a.width, true, deep);
     }
   }
 

@@ -8,6 +8,25 @@ namespace AM_ISA {
 constexpr int64_t QUERY_ROWS = 64;
 constexpr int64_t KEY_TILE = 128;
 
+// Rows of queries beside each other, a multiple of TILE_ROWS, and how many keys of a tile they are taken against: a
+// multiple of W.
+struct Band {
+  int64_t row, rows, many;
+};
+
+// Calls step(band) for the rows [first, first + count), counted from 0, and the keys [from, from + many): at once where
+// all see all of them (`within`), or for TILE_ROWS rows at a time, with as many keys as those see the last of.
+template <class Step>
+static inline void each_band_of(const am_visible& v, int64_t first, int64_t count, int64_t keys, int64_t from, int64_t many,
+                                bool within, Step step) {
+  if (within) return step(Band{0, up_to(count, TILE_ROWS), many});
+  for (int64_t row = 0; row < count; row += TILE_ROWS) {
+    KeyRange some = some_see(v, first + row, least(TILE_ROWS, count - row), keys);
+    int64_t reach = least(up_to(most(some.high - from, 0), W), many);
+    if (reach > 0) step(Band{row, TILE_ROWS, reach});
+  }
+}
+
 // Runs task(i, scratch) for i in [0, count): whoever is free takes the next. 1 where there was no memory.
 template <class Task>
 static int share(am_parallel with, int64_t count, int64_t floats, const Task& task) {
