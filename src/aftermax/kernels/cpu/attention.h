@@ -176,7 +176,7 @@ struct Queries {
   }
   template <class Step>
   void each_band(int64_t from, int64_t many, bool within, Step step) const {
-    each_band_of(p.a->visible, first, count, p.a->keys, from, many, within, step);
+    each_band_of(*p.a, batch, head, first, count, from, many, within, step);
   }
   KeyRange seen() const {
     KeyRange some = some_see(p.a->visible, first, count, p.a->keys);

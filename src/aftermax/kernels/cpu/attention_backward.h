@@ -130,7 +130,7 @@ struct Backward {
       bool within = !a.visible.mask && all.low <= from && from + many <= all.high;
       const float *query = room.query + first * deep, *grad = room.grad + first * wide;
       int64_t begin = count;  // of the rows that see any of the keys
-      each_band_of(a.visible, first, count, a.keys, from, many, within, [&](Band band) {
+      each_band_of(a, batch, head, first, count, from, many, within, [&](Band band) {
         float *weights = room.weights + band.row * KEY_TILE, *slopes = room.slopes + band.row * KEY_TILE;
         begin = least(begin, band.row);
         multiply<Singles>(query + band.row * deep, deep, 1, room.keys, TILE_COLUMNS * a.width, a.width, weights, KEY_TILE,

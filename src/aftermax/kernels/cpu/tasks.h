@@ -14,17 +14,23 @@ struct Band {
   int64_t row, rows, many;
 };
 
-// Calls step(band) for the rows [first, first + count), counted from 0, and the keys [from, from + many): at once where
-// all see all of them (`within`), or for TILE_ROWS rows at a time, with as many keys as those see the last of.
+// Calls step(band) for the rows [first, first + count), counted from 0, and the keys [from, from + many), with as many
+// keys as the rows of the band see the last of: for all rows at once where that is the same, or as few as TILE_ROWS.
+// `within`: all rows see all of these keys.
 template <class Step>
-static inline void each_band_of(const am_visible& v, int64_t first, int64_t count, int64_t keys, int64_t from, int64_t many,
-                                bool within, Step step) {
+static inline void each_band_of(const am_attention& a, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t from,
+                                int64_t many, bool within, Step step) {
   if (within) return step(Band{0, up_to(count, TILE_ROWS), many});
+  Band band = {0, 0, 0};
   for (int64_t row = 0; row < count; row += TILE_ROWS) {
-    KeyRange some = some_see(v, first + row, least(TILE_ROWS, count - row), keys);
-    int64_t reach = least(up_to(most(some.high - from, 0), W), many);
-    if (reach > 0) step(Band{row, TILE_ROWS, reach});
+    int64_t reach = reach_of(a.visible, batch, head, first + row, least(TILE_ROWS, count - row), from, many, a.keys);
+    if (reach != band.many) {
+      if (band.many > 0) step(band);
+      band = {row, 0, reach};
+    }
+    band.rows += TILE_ROWS;
   }
+  if (band.many > 0) step(band);
 }
 
 // Runs task(i, scratch) for i in [0, count): whoever is free takes the next. 1 where there was no memory.

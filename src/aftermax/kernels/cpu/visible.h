@@ -123,6 +123,26 @@ struct RowView {
   }
 };
 
+// How many of the keys [from, from + many) come up to the last one that any of the rows sees, in whole vectors.
+static inline int64_t reach_of(const am_visible& v, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t from,
+                               int64_t many, int64_t keys) {
+  KeyRange some = some_see(v, first, count, keys);
+  int64_t limit = some.low < from + many ? least(up_to(most(some.high - from, 0), W), many) : 0;
+  if (!v.mask || limit == 0) return limit;
+  int64_t reach = 0;
+  bool same = v.mask_step[2] == 0 && !v.causal && v.window <= 0;  // for all rows
+  for (int64_t r = 0; r < (same ? 1 : count); ++r) {
+    RowView view(v, batch, head, first + r, keys);
+    for (int64_t j = limit - W; j >= reach; j -= W) {
+      float seen[W] = {};
+      view.hide(seen, from + j, W);
+      for (float b : seen)
+        if (b != -INFINITY) reach = j + W;  // NaN is seen
+    }
+  }
+  return reach;
+}
+
 static int count_visible(const am_count* a, am_parallel with) {
   parallel(with, a->batch * a->heads * a->queries, grain_of(a->keys), [&](int64_t begin, int64_t end) {
     float scores[4 * W];
