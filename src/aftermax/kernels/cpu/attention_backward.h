@@ -129,10 +129,13 @@ struct Backward {
       if (some.high <= from || some.low >= from + many) continue;
       bool within = !a.visible.mask && all.low <= from && from + many <= all.high;
       const float *query = room.query + first * deep, *grad = room.grad + first * wide;
-      int64_t begin = count;  // of the rows that see any of the keys
+      int64_t begin = 0, end = 0;  // of the rows that see any of the keys
       each_band_of(a, batch, head, first, count, from, many, within, [&](Band band) {
         float *weights = room.weights + band.row * KEY_TILE, *slopes = room.slopes + band.row * KEY_TILE;
-        begin = least(begin, band.row);
+        if (end == 0) begin = end = band.row;
+        memset(room.weights + end * KEY_TILE, 0, (size_t)((band.row - end) * KEY_TILE) * 4);
+        memset(room.slopes + end * KEY_TILE, 0, (size_t)((band.row - end) * KEY_TILE) * 4);
+        end = least(band.row + band.rows, count);
         multiply<Singles>(query + band.row * deep, deep, 1, room.keys, TILE_COLUMNS * a.width, a.width, weights, KEY_TILE,
                           band.rows, band.many, false);
         multiply<Singles>(grad + band.row * wide, wide, 1, room.values, TILE_COLUMNS * a.value_width, a.value_width, slopes,
@@ -149,9 +152,9 @@ struct Backward {
                           grad_query + (first + band.row) * deep, deep, band.rows, a.width, true, deep);
       });
       // (keys x rows) (rows x width)
-      multiply<Singles>(room.weights + begin * KEY_TILE, 1, KEY_TILE, grad + begin * wide, TILE_COLUMNS, count - begin,
+      multiply<Singles>(room.weights + begin * KEY_TILE, 1, KEY_TILE, grad + begin * wide, TILE_COLUMNS, end - begin,
                         grad_values, wide, many, a.value_width, true, wide);
-      multiply<Singles>(room.slopes + begin * KEY_TILE, 1, KEY_TILE, query + begin * deep, TILE_COLUMNS, count - begin, grad_keys,
+      multiply<Singles>(room.slopes + begin * KEY_TILE, 1, KEY_TILE, query + begin * deep, TILE_COLUMNS, end - begin, grad_keys,
                         deep, many, a.width, true, deep);
     }
   }
