@@ -209,13 +209,13 @@ static void store_out(const Queries<Words, T>& q, const float* out, int64_t step
 template <class Map, class Words, class T>
 static void attend_streaming(const Packed<Words, T>& p, int64_t batch, int64_t head, int64_t first, int64_t count, float* room) {
   const am_attention& a = *p.a;
-  int64_t wide = up_to(a.value_width, TILE_COLUMNS);
+  int64_t wide = up_to(a.value_width, TILE_COLUMNS), step = KEY_TILE / Words::IN_WORD;  // of the weights
   float *scores = room, *weights = scores + QUERY_ROWS * KEY_TILE, *out = weights + QUERY_ROWS * KEY_TILE;
   Queries<Words, T> q(p, batch, head, first, count, out + QUERY_ROWS * wide);
   typename Map::State state[QUERY_ROWS];
   for (int64_t r = 0; r < count; ++r) Map::open(state[r], q.row(r));
   memset(out, 0, (size_t)(q.padded * wide) * 4);
-  memset(weights, 0, (size_t)(q.padded * KEY_TILE) * 4);  // also of the rows beyond the last
+  memset(weights, 0, (size_t)(q.padded * step) * 4);  // also of the rows beyond the last
 
   KeyRange seen = q.seen();
   for (int64_t from = seen.low; from < seen.high;) {
@@ -226,7 +226,7 @@ static void attend_streaming(const Packed<Words, T>& p, int64_t batch, int64_t h
     q.each_band(from, many, within, [&](Band band) {
       q.scores(band, from, scores, KEY_TILE);
       for (int64_t r = band.row; r < least(band.row + band.rows, count); ++r) {
-        float *s = scores + r * KEY_TILE, *w = weights + r * KEY_TILE;
+        float *s = scores + r * KEY_TILE, *w = weights + r * step;
         q.finish_scores(r, from, band.many, s, within);
         float factor = Map::template weigh<Words>(state[r], s, w, band.many);
         if (factor != 1) {
@@ -234,7 +234,7 @@ static void attend_streaming(const Packed<Words, T>& p, int64_t batch, int64_t h
           for (int64_t j = 0; j < wide; j += W) store(out + r * wide + j, load(out + r * wide + j) * f);
         }
       }
-      add_values(q, band, weights, KEY_TILE, from, out, wide, true);
+      add_values(q, band, weights, step, from, out, wide, true);
     });
     from = end;
   }
