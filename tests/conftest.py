@@ -6,7 +6,9 @@ import torch
 
 from aftermax import kernels
 
-pytest.register_assert_rewrite("tests.contract", "tests.linear_layer", "tests.row_cases")
+pytest.register_assert_rewrite(
+    "tests.attention_cases", "tests.contract", "tests.linear_layer", "tests.row_cases"
+)
 
 # the same examples on every run: a red test is red for everyone, and timing is no verdict
 hypothesis.settings.register_profile("aftermax", derandomize=True, deadline=None, max_examples=20)

@@ -24,6 +24,7 @@ from torch.testing import assert_close
 
 from aftermax import Entry, RowMap, Visible
 
+from .attention_cases import assert_right
 from .cases import (
     F64,
     Case,
@@ -436,6 +437,27 @@ def law_exports(entry: Entry) -> None:
     assert_close(exported(*other.leaves), module(*other.leaves), **EXACT)
 
 
+def law_kernel_equals_reference(entry: Entry) -> None:
+    """14. The kernels, on every body that runs here, give in float32 what the reference gives in
+    float64, outputs and the gradients of everything, to the rounding of float32 that
+    attention_cases.py derives: over several tiles, grouped heads, windows, masks and caches."""
+    if not bodies() or not isinstance(entry.system, RowMap):
+        pytest.skip(f"no kernels for {entry.name} here")
+    padding = torch.ones(2, 1, 1, 150, dtype=torch.bool)
+    padding[0, ..., -70:] = padding[1, ..., :3] = False
+    views = {
+        (150, 150): (Visible(), Visible(causal=True, window=40), Visible(mask=padding)),
+        (5, 150): (Visible(causal=True, offset=145, mask=padding),),
+        (67, 33): (Visible(slopes=torch.linspace(0.01, 0.2, 4)),),
+    }
+    for (queries, keys), visibles in views.items():
+        case = case_of(entry, kv_heads=2, tokens=max(queries, keys), width=24, value_width=17)
+        query, key, value = case.query[:, :, :queries], case.key[:, :, :keys], case.value
+        case = case._replace(query=query, key=key, value=value[:, :, :keys]).to(torch.float32)
+        for visible in visibles:
+            assert_right(entry, case, visible, bodies())
+
+
 # 10. what an entry declares of its weights
 
 
@@ -586,6 +608,7 @@ LAWS: dict[str, Callable[[Entry], None]] = {
     "autocast": law_autocast,
     "compiles": law_compiles,
     "exports": law_exports,
+    "kernel_equals_reference": law_kernel_equals_reference,
 }
 """The laws that bind all, by the names that `Entry.exceptions` uses."""
 
