@@ -111,6 +111,8 @@ from aftermax import kernels
 
 print(kernels.absent())
 x, target = torch.randn(3, 5), torch.tensor([0, 1, 2])
+assert aftermax.explain(x, x, x) == f"reference: {kernels.absent()}"
+assert torch.equal(aftermax.attention(x, x, x), aftermax.attention(x, x, x, impl="reference"))
 leaf = x.clone().requires_grad_()
 assert torch.equal(aftermax.softmax(x, 1), torch.softmax(x, 1))
 assert torch.equal(aftermax.log_softmax(x, 1), torch.log_softmax(x, 1))
@@ -125,6 +127,7 @@ for call in (
     lambda: aftermax.logsumexp(x, 1, impl="cpu"),
     lambda: aftermax.cross_entropy(x, target, impl="cpu"),
     lambda: aftermax.linear_cross_entropy(x, torch.randn(7, 5), target, impl="cpu"),
+    lambda: aftermax.attention(x, x, x, impl="cpu"),
     kernels.isa,
     lambda: kernels.use_isa("portable"),
 ):
