@@ -168,6 +168,16 @@ def test_rounding_noise_is_not_sharpened():
     assert_close(weights, torch.full_like(weights, 1 / 500), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("weights", [LSSAR(), LSSAR(2.5), LSSARLog()], ids=repr)
+def test_rows_that_are_flat_up_to_rounding_have_finite_gradients(weights):
+    one = torch.randn(1, 2, 1, 16)
+    for tokens in range(1, 60):
+        q, v = torch.randn(1, 2, tokens, 16, requires_grad=True), torch.randn(1, 2, tokens, 16)
+        out = attention(q, one.expand_as(q), v, weights=weights, impl="reference")
+        (gradient,) = torch.autograd.grad(out.sum(), q)
+        assert gradient.isfinite().all()
+
+
 def test_the_first_three_rows_have_no_threshold():
     scores = torch.tensor([0.0, 1.0, 2.0, 0.5], dtype=F64).expand(4, 4)
     visible = torch.ones(4, 4, dtype=torch.bool).tril()
