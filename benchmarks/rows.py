@@ -3,27 +3,32 @@
     make bench-rows
     python benchmarks/rows.py [--save rows.json] [--only targets|lengths|memory]
 
-All contenders of a line run in one process on the same buffers, interleaved, in an order that is
-shuffled anew every round; what is reported is the median over the rounds of the ratio within a
-round, and its interquartile range. Inputs are N(0, 1), seed 0. "bound" is the time that memory
-alone would take, measured beside the rest by the same loops without arithmetic: for a softmax a
-read of the input and a streamed copy of it, for logsumexp a read. Peaks of memory are those of
-processes of their own.
+`interleaved.py` says how contenders are timed; those of a line work on the same buffers. Inputs are
+N(0, 1), seed 0. "bound" is the time that memory alone would take, measured beside the rest by the
+same loops without arithmetic: for a softmax a read of the input and a streamed copy of it, for
+logsumexp a read. Peaks of memory are those of processes of their own.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import json
-import random
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from interleaved import (
+    OURS,
+    Contenders,
+    Record,
+    bodies,
+    fastest,
+    memory,
+    need_kernels,
+    options_parser,
+    ratio,
+    settings,
+    time_rounds,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -32,50 +37,14 @@ import aftermax
 from aftermax import kernels
 from aftermax.kernels.ops import ALGORITHMS
 from aftermax.lab.cost import in_own_process, peak_mebibytes
-from aftermax.lab.grid import machine
 
-Contenders = dict[str, Callable[[], object]]
 Made = tuple[Contenders, list[str]]
 """What runs against each other, and which of it makes up the bound."""
 
-OURS = "aftermax"
 LENGTHS = [2**k for k in range(10, 29)]
 """Of the sweep, in float32: rows of 4 KB to 1 GB."""
 IN_CACHE = 2**16
 """Elements of the batches of short rows: 256 KB, so that they stay in the cache of one core."""
-
-
-# ---- timing ------------------------------------------------------------------------------------
-
-
-def time_rounds(contenders: Contenders, rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, order shuffled."""
-    order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds + 1):  # the first warms up
-        for name in order.sample(list(contenders), len(contenders)):
-            start = time.perf_counter()
-            for _ in range(repeats):
-                contenders[name]()
-            seconds[name].append((time.perf_counter() - start) / repeats)
-    return {name: taken[1:] for name, taken in seconds.items()}
-
-
-def ratio(over: list[float], under: list[float]) -> dict[str, float]:
-    """The median of over / under round by round, and its quartiles."""
-    low, middle, high = statistics.quantiles(
-        [a / b for a, b in zip(over, under, strict=True)], n=4, method="inclusive"
-    )
-    return {"ratio": middle, "low": low, "high": high}
-
-
-def _memory(x: Tensor, y: Tensor | None) -> Callable[[], None]:
-    """A read of x, or a streamed copy to y."""
-    library = kernels.loaded()
-    count = ctypes.c_int64(x.numel())
-    source = ctypes.c_void_p(x.data_ptr())
-    target = None if y is None else ctypes.c_void_p(y.data_ptr())
-    return lambda: library.am_memory(source, target, count)
 
 
 # ---- the table of targets ----------------------------------------------------------------------
@@ -90,7 +59,7 @@ def into(name: str, rows: int, length: int, dtype: torch.dtype = torch.float32) 
         OURS: lambda: getattr(aftermax, name)(x, -1, out=y),
     }
     if dtype == torch.float32:
-        contenders |= {"read": _memory(x, None), "copy": _memory(x, y)}
+        contenders |= {"read": memory(x), "copy": memory(x, y)}
     return contenders, [name for name in contenders if name in ("read", "copy")]
 
 
@@ -119,7 +88,7 @@ def logsumexp(rows: int, length: int) -> Made:
     contenders: Contenders = {
         "torch.logsumexp": lambda: torch.logsumexp(x, -1),
         OURS: lambda: aftermax.logsumexp(x, -1),
-        "read": _memory(x, None),
+        "read": memory(x),
     }
     return contenders, ["read"]
 
@@ -268,30 +237,27 @@ TARGETS: list[tuple[str, Callable[[], Made], tuple, int, int]] = [
 ]
 
 
-def measure_targets(isa: str, threads: int, console: Console) -> list[dict]:
-    lines = []
+def measure_targets(isa: str, threads: int, console: Console, record: Record) -> None:
     for work, make, (one, two, of_bound), rounds, repeats in TARGETS:
         torch.manual_seed(0)
         contenders, bound = make()
         seconds = time_rounds(contenders, rounds, repeats)
-        peers = [name for name in contenders if name not in (OURS, *bound)]
-        fastest = min(peers, key=lambda name: statistics.median(seconds[name]))
+        peer = fastest(seconds, (OURS, *bound))
         line = {
             "isa": isa,
             "threads": threads,
             "work": work,
-            "against": fastest,
+            "against": peer,
             "asked": one if threads == 1 else two,
-            **ratio(seconds[fastest], seconds[OURS]),
+            **ratio(seconds[peer], seconds[OURS]),
             "milliseconds": 1e3 * statistics.median(seconds[OURS]),
         }
         if bound:
             whole = [sum(parts) for parts in zip(*(seconds[b] for b in bound), strict=True)]
             line["bound"] = ratio(whole, seconds[OURS])
             line["bound_asked"] = of_bound
-        lines.append(line)
+        record.add("targets", line, ("isa", "threads", "work"))
         console.print(_cells(line))
-    return lines
 
 
 def _cells(line: dict) -> str:
@@ -305,9 +271,8 @@ def _cells(line: dict) -> str:
 # ---- the sweep over row lengths ----------------------------------------------------------------
 
 
-def measure_lengths(isa: str, threads: int, console: Console) -> list[dict]:
+def measure_lengths(isa: str, threads: int, console: Console, record: Record) -> None:
     """One row of every length, every algorithm: nanoseconds an element, median over the rounds."""
-    lines = []
     for length in LENGTHS:
         torch.manual_seed(0)
         x = torch.randn(1, length)
@@ -315,8 +280,8 @@ def measure_lengths(isa: str, threads: int, console: Console) -> list[dict]:
         contenders: Contenders = {
             "torch": lambda x=x, y=y: torch.softmax(x, -1, out=y),
             OURS: lambda x=x, y=y: aftermax.softmax(x, -1, out=y),
-            "read": _memory(x, None),
-            "copy": _memory(x, y),
+            "read": memory(x),
+            "copy": memory(x, y),
         }
         for name in ALGORITHMS[1:]:
             contenders[name] = lambda x=x, y=y, name=name: aftermax.softmax(
@@ -328,10 +293,10 @@ def measure_lengths(isa: str, threads: int, console: Console) -> list[dict]:
             name: 1e9 * statistics.median(taken) / length for name, taken in seconds.items()
         }
         nanoseconds["bound"] = nanoseconds.pop("read") + nanoseconds.pop("copy")
-        lines.append({"isa": isa, "threads": threads, "length": length, "ns": nanoseconds})
+        line = {"isa": isa, "threads": threads, "length": length, "ns": nanoseconds}
+        record.add("lengths", line, ("isa", "threads", "length"))
         shown = ", ".join(f"{name} {ns:.2f}" for name, ns in nanoseconds.items())
         console.print(f"  {4 * length / 1024:,.0f} KB: {shown} ns an element")
-    return lines
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -343,28 +308,27 @@ def _peak(name: str) -> float:
     return peak_mebibytes(_backward(linear_losses(target)[name], hidden, weight))
 
 
-def measure_memory(console: Console) -> list[dict]:
+def measure_memory(console: Console, record: Record) -> None:
     """Peak of forward and backward above the inputs, less the two gradients, in MiB."""
     rows, width, classes = LAYER
     gradients = 4 * width * (rows + classes) / 2**20
-    lines = []
     for name in linear_losses(torch.zeros(0)):
-        lines.append({"name": name, "mebibytes": in_own_process(_peak, name) - gradients})
-        console.print(f"  {name}: {lines[-1]['mebibytes']:,.0f} MiB")
-    return lines
+        mebibytes = in_own_process(_peak, name) - gradients
+        record.add("memory", {"name": name, "mebibytes": mebibytes}, ("name",))
+        console.print(f"  {name}: {mebibytes:,.0f} MiB")
 
 
 # ---- the run -----------------------------------------------------------------------------------
 
 
-def print_table(console: Console, results: dict) -> None:
+def print_table(console: Console, targets: list[dict]) -> None:
     """All targets with what was asked."""
-    for isa, threads in dict.fromkeys((r["isa"], r["threads"]) for r in results["targets"]):
+    for isa, threads in dict.fromkeys((r["isa"], r["threads"]) for r in targets):
         title = f"{isa}, {threads} thread{'s' if threads > 1 else ''}"
         table = Table(title=title, title_justify="left")
         for column in ("work", "times faster", "asked", "of the bound"):
             table.add_column(column, justify="left" if column == "work" else "right")
-        for line in results["targets"]:
+        for line in targets:
             if (line["isa"], line["threads"]) != (isa, threads):
                 continue
             bound = f"{line['bound']['ratio']:.2f}" if "bound" in line else ""
@@ -378,44 +342,23 @@ def print_table(console: Console, results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--save", type=Path, help="a JSON file to keep the numbers in")
-    parser.add_argument("--only", choices=("targets", "lengths", "memory"))
-    parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
+    parser = options_parser(__doc__, ("targets", "lengths", "memory"))
     parser.add_argument("--isa", nargs="+", default=None, help="bodies; all that run by default")
     options = parser.parse_args()
-    console = Console(highlight=False)
-    if kernels.absent():
-        raise SystemExit(kernels.absent())
-    isas = options.isa or [isa for isa in kernels.ISAS if isa != "portable" and _runs(isa)]
-    results: dict = {"machine": machine(), "version": aftermax.__version__}
+    need_kernels()
+    console, record = Console(highlight=False), Record(options.save)
+    isas = options.isa or bodies()
     sections = {"targets": measure_targets, "lengths": measure_lengths}
     for section, measure in sections.items():
         if options.only in (None, section):
-            results[section] = []
-            for isa in isas:
-                kernels.use_isa(isa)
-                for threads in options.threads:
-                    torch.set_num_threads(threads)
-                    console.print(f"[bold]{section}, {isa}, {threads} thread(s)[/]")
-                    results[section] += measure(isa, threads, console)
+            for isa, threads in settings(section, isas, options.threads, console):
+                measure(isa, threads, console, record)
     if options.only in (None, "memory"):
         kernels.use_isa(isas[0])
         console.print("[bold]extra memory of the linear cross-entropy[/]")
-        results["memory"] = measure_memory(console)
-    if "targets" in results:
-        print_table(console, results)
-    if options.save:
-        kept = json.loads(options.save.read_text()) if options.save.exists() else {}
-        options.save.write_text(json.dumps(kept | results, indent=1) + "\n")
-
-
-def _runs(isa: str) -> bool:
-    try:
-        kernels.use_isa(isa)
-    except RuntimeError:
-        return False
-    return True
+        measure_memory(console, record)
+    if options.only in (None, "targets"):
+        print_table(console, record.lines("targets"))
 
 
 if __name__ == "__main__":
