@@ -10,7 +10,7 @@ KERNELS := src/aftermax/kernels
 LIBRARY := $(KERNELS)/libaftermax.so
 NATIVE := CMakeLists.txt $(wildcard $(KERNELS)/cpu/*)
 
-.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows docs figures clean
+.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
 	$(BIN)/aftermax compare quick
@@ -47,6 +47,9 @@ bench: .venv/lab.done     ## memory of the blocked reference against the whole m
 
 bench-rows: .venv/dev.done kernels  ## the row kernels against torch and the machine's bound
 	$(BIN)/python benchmarks/rows.py
+
+bench-attention: .venv/lab.done kernels  ## attention on the kernels against torch and the machine's multipliers
+	$(BIN)/python benchmarks/attention.py
 
 figures: .venv/lab.done   ## redraw the figures and tables of README and docs from docs/results
 	$(BIN)/python docs/make_figures.py

@@ -70,7 +70,7 @@ def memory(x: Tensor, y: Tensor | None = None) -> Callable[[], None]:
     count = ctypes.c_int64(x.numel())
     source = ctypes.c_void_p(x.data_ptr())
     target = None if y is None else ctypes.c_void_p(y.data_ptr())
-    return lambda: library.am_memory(source, target, count)
+    return lambda held=(x, y): library.am_memory(source, target, count)
 
 
 def multipliers(name: str, about: float) -> tuple[Callable[[], None], int]:
