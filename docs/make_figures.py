@@ -97,7 +97,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "row-targets-all": lambda _: kernel_results.row_targets(("avx512", "avx2")),
     "row-algorithms": lambda _: kernel_results.row_algorithms(),
     "row-memory": lambda _: kernel_results.row_memory(),
-    "row-machine": lambda _: kernel_results.row_machine(),
+    "row-machine": lambda _: kernel_results.machine(kernel_results.ROWS),
     "loss-table": loss_table,
     "verdicts": verdicts,
     "all-tables": all_tables,
