@@ -3,6 +3,7 @@
     aftermax compare standard
     aftermax export --to docs/results/standard.parquet
     python benchmarks/rows.py --save docs/results/rows.json
+    python benchmarks/attention.py --save docs/results/attention.json
     make figures
 
 What stands between `<!-- name -->` and `<!-- /name -->` in README.md and docs/*.md is written here;
@@ -34,6 +35,7 @@ PAGES = (
     DOCS / "results.md",
     DOCS / "systems.md",
     DOCS / "kernels.md",
+    DOCS / "attention_kernels.md",
 )
 
 
@@ -92,7 +94,21 @@ def systems_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def of_attention(block: Callable[[], str]) -> Callable[[Results], str]:
+    return lambda _: block() if kernel_results.ATTENTION.exists() else "Not measured yet."
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
+    "attention-targets": of_attention(kernel_results.attention_targets),
+    "attention-products": of_attention(kernel_results.attention_products),
+    "attention-memory": of_attention(kernel_results.attention_memory_table),
+    "attention-machine": of_attention(lambda: kernel_results.machine(kernel_results.ATTENTION)),
+    "attention-figures": of_attention(
+        lambda: (
+            "![Speed of every system over T, as a ratio to SDPA](figures/attention_lengths.png)\n\n"
+            "![Extra memory over T](figures/attention_memory.png)"
+        )
+    ),
     "row-targets": lambda _: kernel_results.row_targets(("avx512",)),
     "row-targets-all": lambda _: kernel_results.row_targets(("avx512", "avx2")),
     "row-algorithms": lambda _: kernel_results.row_algorithms(),
@@ -137,6 +153,9 @@ def main() -> None:
         matplotlib.use("agg")
         with plt.style.context(plots.STYLE):
             ours = {"row_maps": plots.row_maps(), "row_lengths": kernel_results.row_lengths()}
+            if kernel_results.ATTENTION.exists():
+                ours["attention_lengths"] = kernel_results.attention_lengths()
+                ours["attention_memory"] = kernel_results.attention_memory()
         plots.save(ours | plots.draw(results), DOCS / "figures")
 
 
