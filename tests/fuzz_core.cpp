@@ -908,6 +908,537 @@ void try_linear(const am_body_table* body, bool large) {
   l.check_gradients(false);
 }
 
+// ---- attention ---------------------------------------------------------------------------------
+
+am_shape heads_shape(int64_t batch, int64_t heads, int64_t rows, int64_t width) {
+  am_shape s;
+  memset(&s, 0, sizeof s);
+  s.dims = 3;
+  s.size[0] = batch;
+  s.size[1] = heads;
+  s.size[2] = rows;
+  s.rows = batch * heads * rows;
+  s.length = width;
+  return s;
+}
+// Widths side by side, batches, heads and rows in any order, with gaps and repeats where asked.
+Layout heads_layout(const am_shape& s, bool repeats) {
+  int order[3] = {0, 1, 2};
+  std::shuffle(order, order + 3, chance);
+  Layout out;
+  memset(&out.place, 0, sizeof out.place);
+  out.place.stride = 1;
+  out.room = s.length;
+  int64_t step = s.length + (one_in(4) ? between(1, 9) : 0);
+  for (int i = 2; i >= 0; --i) {
+    int64_t here = repeats && one_in(12) ? 0 : step;
+    out.place.step[order[i]] = here;
+    if (here == 0) continue;
+    out.room += (s.size[order[i]] - 1) * here;
+    step = s.size[order[i]] * here + (one_in(4) ? between(0, 20) : 0);
+  }
+  return out;
+}
+struct OwnShape {
+  am_shape own;
+};
+struct Heads : OwnShape, Rows {
+  Heads(int64_t batch, int64_t heads, int64_t rows, int64_t width, const Format& f, bool repeats)
+      : OwnShape{heads_shape(batch, heads, rows, width)}, Rows(own, f, heads_layout(own, repeats)) {}
+  am_heads heads() const { return {block.data, {where.place.step[0], where.place.step[1], where.place.step[2]}}; }
+  int64_t index(int64_t b, int64_t h, int64_t r) const { return (b * own.size[1] + h) * own.size[2] + r; }
+  std::vector<double> at_row(int64_t b, int64_t h, int64_t r) const { return row(index(b, h, r)); }
+};
+
+// A number of each row of each head, or of all batches or heads together.
+struct PerRow {
+  int64_t steps[2];
+  Array<float> data;
+  PerRow(int64_t batch, int64_t heads, int64_t rows, double low, double high)
+      : PerRow(one_in(3) ? 1 : batch, one_in(3) ? 1 : heads, rows) {
+    for (int64_t i = 0; i < data.size; ++i) data[i] = (float)(low + (high - low) * uniform());
+  }
+  am_per_row get() { return {data.begin(), {steps[0], steps[1]}}; }
+  double at(int64_t b, int64_t h, int64_t r) { return data[b * steps[0] + h * steps[1] + r]; }
+
+ private:
+  PerRow(int64_t batch, int64_t heads, int64_t rows)
+      : steps{batch > 1 ? heads * rows : 0, heads > 1 ? rows : 0}, data(batch * heads * rows) {}
+};
+
+struct Seen {
+  am_visible v;
+  int64_t batch, heads, queries, keys, sizes[4];
+  Array<char> mask;
+  Array<float> slopes, stretch, shift;
+
+  static int64_t room(const int64_t* sizes) { return sizes[0] * sizes[1] * sizes[2] * sizes[3]; }
+  Seen(int64_t b, int64_t h, int64_t q, int64_t k, bool numbers) : Seen(b, h, q, k, numbers, one_in(4) ? 0 : 1 + below(2), between(0, k), nullptr) {}
+  bool sees(int64_t b, int64_t h, int64_t i, int64_t j) {
+    int64_t d = i + v.offset - j;
+    if ((v.causal && d < 0) || (v.window > 0 && std::llabs(d) >= v.window)) return false;
+    if (v.kind == AM_MASK_BOOL) return mask[at(b, h, i, j)] != 0;
+    return v.kind != AM_MASK_FLOAT || number(b, h, i, j) > v.hidden_below;
+  }
+  int64_t at(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return b * v.mask_step[0] + h * v.mask_step[1] + i * v.mask_step[2] + j * v.mask_step[3];
+  }
+  double number(int64_t b, int64_t h, int64_t i, int64_t j) { return ((float*)mask.data)[at(b, h, i, j)]; }
+  // What is added to a score, in all and in absolute terms.
+  void bias(int64_t b, int64_t h, int64_t i, int64_t j, double* sum, double* size) {
+    *sum = *size = 0;
+    auto add = [&](double x) {
+      *sum += x;
+      *size += std::fabs(x);
+    };
+    if (v.shift) add(shift[v.zero + j - i - v.offset]);
+    if (v.slopes) add(-(double)slopes[h] * (double)std::llabs(i + v.offset - j));
+    if (v.kind == AM_MASK_FLOAT) add(number(b, h, i, j));
+  }
+  double stretched(int64_t i, int64_t j) { return v.stretch ? stretch[v.zero + j - i - v.offset] : 1; }
+  std::string describe() const {
+    return text("causal %d, offset %lld, window %lld, mask %d (%lld, %lld, %lld, %lld; steps %lld, %lld, %lld, %lld), slopes %d, "
+                "distances %d", v.causal, (long long)v.offset, (long long)v.window, v.kind, (long long)sizes[0],
+                (long long)sizes[1], (long long)sizes[2], (long long)sizes[3], (long long)v.mask_step[0], (long long)v.mask_step[1],
+                (long long)v.mask_step[2], (long long)v.mask_step[3], v.slopes != nullptr, v.stretch != nullptr);
+  }
+
+ private:
+  Seen(int64_t b, int64_t h, int64_t q, int64_t k, bool numbers, int64_t kind, int64_t offset, void*)
+      : batch(b), heads(h), queries(q), keys(k),
+        sizes{one_in(2) ? 1 : b, one_in(2) ? 1 : h, one_in(3) ? 1 : q, one_in(5) ? 1 : k},
+        mask(kind == 0 ? 0 : room(sizes) * (kind == AM_MASK_FLOAT ? 4 : 1)), slopes(h), stretch(q - 1 + offset + k),
+        shift(q - 1 + offset + k) {
+    memset(&v, 0, sizeof v);
+    v.causal = one_in(2);
+    v.offset = offset;
+    v.window = one_in(2) ? 0 : between(1, k + 3);
+    v.kind = (am_mask_kind)kind;
+    v.mask = kind == 0 ? nullptr : mask.data;
+    v.hidden_below = -1e30f;
+    int order[4] = {0, 1, 2, 3};
+    if (one_in(3)) std::shuffle(order, order + 4, chance);
+    int64_t step = 1;
+    for (int i = 3; i >= 0; --i) {
+      v.mask_step[order[i]] = sizes[order[i]] == 1 ? 0 : step;
+      step *= sizes[order[i]];
+    }
+    double share = pick({0.05, 0.5, 0.95});
+    for (int64_t i = 0; i < room(sizes) && kind != 0; ++i) {
+      bool seen = uniform() < share;
+      if (kind == AM_MASK_BOOL)
+        mask[i] = (char)(seen ? between(1, 255) : 0);
+      else
+        ((float*)mask.data)[i] = seen ? (float)normal() : pick({-INFINITY, -3e38f, -1e30f});
+    }
+    if (!numbers) return;
+    if (one_in(4)) v.slopes = slopes.begin();
+    for (int64_t i = 0; i < h; ++i) slopes[i] = (float)(0.1 * uniform());
+    if (one_in(4)) v.stretch = stretch.begin(), v.shift = shift.begin();
+    v.zero = q - 1 + offset;
+    for (int64_t i = 0; i < stretch.size; ++i) {
+      stretch[i] = (float)(0.5 + uniform());
+      shift[i] = (float)-uniform();
+    }
+  }
+};
+
+void try_count(const am_body_table* body) {
+  int64_t batch = between(1, 3), heads = between(1, 3), queries = between(1, 40), keys = between(1, one_in(2) ? 20 : 300);
+  Seen seen(batch, heads, queries, keys, false);
+  Array<float> out(batch * heads * queries);
+  am_count a = {batch, heads, queries, keys, seen.v, out.begin()};
+  what += text("count: (%lld, %lld, %lld, %lld), ", (long long)batch, (long long)heads, (long long)queries, (long long)keys) +
+          seen.describe();
+  run({&out}, [&](am_parallel with) { return body->count(&a, with); });
+  for (int64_t i = 0; i < out.size; ++i) {
+    int64_t n = 0;
+    for (int64_t j = 0; j < keys; ++j) n += seen.sees(i / queries / heads, i / queries % heads, i % queries, j);
+    check(out[i], (double)n, 0, FORMATS[0], "count", i, 0);
+  }
+}
+
+// A number that float32 holds in its stead may be off by `error`.
+struct About {
+  double value = 0, error = 0;
+  void add(double x, double e) {
+    value += x;
+    error += e;
+  }
+};
+
+double dot(const std::vector<double>& a, const std::vector<double>& b, double* size) {
+  double sum = 0;
+  *size = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    sum += a[i] * b[i];
+    *size += std::fabs(a[i] * b[i]);
+  }
+  return sum;
+}
+double length_of(const std::vector<double>& x) {
+  double square = 0;
+  for (double v : x) square += v * v;
+  return square > 0 ? std::sqrt(square) : 1;
+}
+bool finite(const std::vector<double>& x) {
+  for (double v : x)
+    if (!std::isfinite(v)) return false;
+  return true;
+}
+// By how much x^p may be off for x >= 0 that is off by e; a step at 0 where p is 0.
+double of_power(double x, double e, double p) {
+  if (p == 0) return x > e ? 0 : 1;
+  return std::pow(x + e, p) - std::pow(std::max(x - e, 0.0), p);
+}
+
+struct Attention {
+  int64_t batch, kv_heads, heads, queries, keys, width, value_width;
+  const Format& f;
+  am_row_map map;
+  Seen seen;
+  Heads query, key, value, out, grad, grad_query, grad_key, grad_value;
+  PerRow row_scale, row_bias, row_weight, row_power;
+  Array<float> count, sink, stats, extra, grad_scale;
+  am_attention a;
+  bool pairs;  // whether weights are rounded to bfloat16
+
+  Attention(am_dtype dtype, int64_t b, int64_t kv, int64_t group, int64_t q, int64_t k, int64_t d, int64_t dv)
+      : batch(b), kv_heads(kv), heads(kv * group), queries(q), keys(k), width(d), value_width(dv), f(FORMATS[dtype]),
+        map((am_row_map)below(6)), seen(b, heads, q, k, true), query(b, heads, q, d, f, true), key(b, kv, k, d, f, true),
+        value(b, kv, k, dv, f, true), out(b, heads, q, dv, f, false), grad(b, heads, q, dv, f, true),
+        grad_query(b, heads, q, d, f, false), grad_key(b, kv, k, d, f, false), grad_value(b, kv, k, dv, f, false),
+        row_scale(b, heads, q, 0.5, 1.5), row_bias(b, heads, q, -2, -0.01), row_weight(b, heads, q, 0.5, 3),
+        row_power(b, heads, q, 1, 6), count(b * heads * q), sink(heads), stats(b * heads * q * AM_STATS),
+        extra(b * heads * q * dv), grad_scale(b * heads * q),
+        pairs(dtype == AM_BFLOAT16 && std::string(am_isa()) == "avx512bf16") {
+    for (Heads* x : {&query, &key, &value, &grad})
+      for (int64_t r = 0; r < x->own.rows; ++r)
+        for (int64_t i = 0; i < x->own.length; ++i) x->set(r, i, normal());
+    double flaw = pick({NAN, INFINITY, -INFINITY});
+    for (Heads* x : {&query, &key, &value})
+      if (one_in(4))
+        for (int64_t n = between(1, 3); n > 0; --n) x->set(below(x->own.rows), below(x->own.length), flaw);
+    for (int64_t i = 0; i < heads; ++i) sink[i] = (float)(3 * normal());
+    for (int64_t i = 0; i < count.size; ++i) {
+      int64_t n = 0;
+      for (int64_t j = 0; j < k; ++j) n += seen.sees(i / q / heads, i / q % heads, i % q, j);
+      count[i] = (float)n;
+    }
+    memset(&a, 0, sizeof a);
+    a.batch = b;
+    a.heads = heads;
+    a.kv_heads = kv;
+    a.queries = q;
+    a.keys = k;
+    a.width = d;
+    a.value_width = dv;
+    a.dtype = dtype;
+    a.query = query.heads();
+    a.key = key.heads();
+    a.value = value.heads();
+    a.out = out.heads();
+    a.visible = seen.v;
+    a.map = map;
+    a.cosine = one_in(3);
+    a.scale = (float)(a.cosine ? pick({1.0, 4.0, 10.0}) : pick({1.0, 3.0}) / std::sqrt((double)d));
+    if (one_in(3)) a.row_scale = row_scale.get();
+    if (map == AM_MAP_SIGMOID || (map == AM_MAP_CLIPPED && one_in(2))) a.row_bias = row_bias.get();
+    if ((map == AM_MAP_RELU || map == AM_MAP_CLIPPED) && one_in(2)) a.row_weight = row_weight.get();
+    if (map == AM_MAP_LSSAR && one_in(3)) a.row_power = row_power.get();
+    if (map == AM_MAP_LSSAR) a.count = {count.begin(), {heads * q, q}};
+    if (map == AM_MAP_SOFTMAX && one_in(3)) a.sink = sink.begin();
+    a.power = (float)pick({1.0, 2.0, 3.0, 2.5, 15.0});
+    if (map == AM_MAP_RELU) a.power = (float)pick({1.0, 2.0, 2.5});
+    a.stats = stats.begin();
+    if (twice()) a.extra = extra.begin();
+  }
+  bool twice() const { return map == AM_MAP_LSSAR || map == AM_MAP_CLIPPED; }
+  std::string describe() const {
+    return text("%s, map %d, power %g, (%lld, %lld/%lld, %lld x %lld, %lld, %lld), cosine %d, scale %g, row scale %d, bias %d, "
+                "weight %d, power %d, sink %d\n  ", f.name, map, a.power, (long long)batch, (long long)heads, (long long)kv_heads,
+                (long long)queries, (long long)keys, (long long)width, (long long)value_width, a.cosine, a.scale,
+                a.row_scale.data != nullptr, a.row_bias.data != nullptr, a.row_weight.data != nullptr,
+                a.row_power.data != nullptr, a.sink != nullptr) + seen.describe();
+  }
+  double per(const am_per_row& there, PerRow& rows, int64_t b, int64_t h, int64_t i, double otherwise) {
+    return there.data ? rows.at(b, h, i) : otherwise;
+  }
+
+  // One row: its scores, weights and the slopes that its gradients are made of.
+  struct Row {
+    std::vector<int64_t> sees;
+    std::vector<About> score, weight;
+    std::vector<About> slope;   // weight by score, or what stands for it in front of (dp - delta)
+    std::vector<About> second;  // weights of the second sum
+    double common = 0, of_common = 0, power = 1;  // lssar: power / N, and the sum of `second`
+    bool poisoned = false, flat = false;
+    double loose = 0;  // more than this row can be held to
+  };
+  Row row(int64_t b, int64_t h, int64_t i) {
+    Row r;
+    int64_t kv = h / (heads / kv_heads);
+    std::vector<double> q = query.at_row(b, h, i);
+    double factor = a.scale * per(a.row_scale, row_scale, b, h, i, 1);
+    for (int64_t j = 0; j < keys; ++j) {
+      if (!seen.sees(b, h, i, j)) continue;
+      std::vector<double> k = key.at_row(b, kv, j);
+      if (!finite(q) || !finite(k) || !finite(value.at_row(b, kv, j))) r.poisoned = true;
+      double size, s = dot(q, k, &size), bias, of_bias, over = a.cosine ? 1 / (length_of(q) * length_of(k)) : 1;
+      double stretch = seen.stretched(i, j);
+      seen.bias(b, h, i, j, &bias, &of_bias);
+      r.sees.push_back(j);
+      r.score.push_back({s * over * factor * stretch + bias,
+                         ULP * ((std::sqrt((double)width) + 4) * size * over * factor * stretch + 2 * of_bias)});
+    }
+    if (!r.poisoned) weigh(r, b, h, i);
+    return r;
+  }
+  void weigh(Row& r, int64_t b, int64_t h, int64_t i) {
+    size_t n = r.sees.size();
+    double worst = 0, top = -INFINITY;
+    for (About& s : r.score) {
+      worst = std::max(worst, s.error);
+      top = std::max(top, s.value);
+    }
+    double relative = 2 * worst + 8 * ULP, bias = per(a.row_bias, row_bias, b, h, i, 0);
+    r.weight.resize(n);
+    r.slope.resize(n);
+    r.second.resize(n);
+    if (map == AM_MAP_SOFTMAX || map == AM_MAP_CLIPPED) {
+      double beside = a.sink ? (double)sink[h] : -INFINITY, sum = 0, weight = per(a.row_weight, row_weight, b, h, i, 1);
+      top = std::max(top, beside);
+      for (About& s : r.score) sum += std::exp(s.value - top);
+      if (n > 0) sum += std::exp(beside - top);
+      relative += ULP * (a.sink ? std::fabs(top) : 0);
+      for (size_t j = 0; j < n; ++j) {
+        double p = std::exp(r.score[j].value - top) / sum, u = weight * p + bias, of_u = weight * p * relative + ULP * std::fabs(bias);
+        bool inside = u > 0 && u < 1, edge = std::min(std::fabs(u), std::fabs(u - 1)) <= of_u;
+        if (map == AM_MAP_SOFTMAX) {
+          r.weight[j] = r.slope[j] = {p, p * relative};
+        } else {
+          r.weight[j] = {std::min(std::max(u, 0.0), 1.0), of_u + 4 * ULP};
+          r.second[j] = {inside ? weight * p : 0, edge ? weight * p * (1 + relative) : inside ? weight * p * relative : 0};
+          r.slope[j] = {p, p * relative};
+        }
+      }
+      return;
+    }
+    if (map == AM_MAP_SIGMOID || map == AM_MAP_RELU) {
+      double p = a.power, weight = per(a.row_weight, row_weight, b, h, i, 1);
+      for (size_t j = 0; j < n; ++j) {
+        double s = r.score[j].value, e = r.score[j].error;
+        if (map == AM_MAP_SIGMOID) {
+          double w = 1 / (1 + std::exp(-s - bias)), of_w = w * (e + ULP * (8 + std::fabs(bias)));
+          r.weight[j] = {w, of_w};
+          r.slope[j] = {w * (1 - w), of_w + 4 * ULP * w};
+        } else {
+          double x = std::max(s, 0.0);
+          if (s < -e) continue;
+          r.weight[j] = {std::pow(x, p) * weight, (of_power(x, e, p) + 8 * ULP * (1 + p) * std::pow(x, p)) * weight};
+          double below = x > 0 ? std::pow(x, p - 1) : 0;
+          r.slope[j] = {p * below * weight, p * weight * (of_power(x, e, p - 1) + 8 * ULP * (1 + p) * below)};
+        }
+      }
+      return;
+    }
+    // softplus and lssar
+    std::vector<About> x(n);
+    double sum = 0, of_sum = 0, of_top = 0;
+    top = 0;
+    for (size_t j = 0; j < n; ++j) {
+      double s = r.score[j].value, of_f = 0;
+      x[j].value = std::max(s, 0.0) + std::log1p(std::exp(-std::fabs(s)));
+      of_f = r.score[j].error / (1 + std::exp(-s)) + 4 * ULP * x[j].value;
+      x[j].error = of_f;
+      sum += x[j].value;
+      of_sum += of_f;
+    }
+    double mean = n > 0 ? sum / (double)n : 0, of_mean = n > 0 ? of_sum / (double)n + ULP * mean : 0;
+    auto slope_of_f = [&](size_t j) { return 1 / (1 + std::exp(-r.score[j].value)); };
+    if (map == AM_MAP_LSSAR) {
+      double above = n > 3 ? mean : 0;
+      for (size_t j = 0; j < n; ++j) {
+        x[j] = {std::max(x[j].value - above, 0.0), x[j].error + (n > 3 ? of_mean : 0)};
+        top = std::max(top, x[j].value);
+        of_top = std::max(of_top, x[j].error);
+      }
+      r.flat = !(top > 1e-6 * mean);
+      // flat or not is decided by rounding where it is near; nothing is said of what is sharpened there
+      if (n > 3 && top < 50 * of_top + 1e-5 * mean) r.loose = 1e30;
+      if (!r.flat) {
+        double p = per(a.row_power, row_power, b, h, i, a.power), total = 0, of_total = 0;
+        for (size_t j = 0; j < n; ++j) {
+          x[j] = {x[j].value / top, (x[j].error + x[j].value / top * of_top) / top};
+          total += std::pow(x[j].value, p);
+          of_total += of_power(x[j].value, x[j].error, p) + 16 * ULP * (1 + p) * std::pow(x[j].value, p);
+        }
+        for (size_t j = 0; j < n; ++j) {
+          double w = std::pow(x[j].value, p), less = x[j].value > 0 ? std::pow(x[j].value, p - 1) : 0;
+          r.weight[j] = {w / total, (of_power(x[j].value, x[j].error, p) + 16 * ULP * (1 + p) * w + w * of_total / total) / total};
+          double of_less = of_power(x[j].value, x[j].error, p - 1) + less * (16 * ULP * (1 + p) + of_total / total + of_top / top);
+          r.second[j] = {less / (top * total), of_less / (top * total)};
+          r.common += r.second[j].value;
+          r.of_common += r.second[j].error;
+        }
+        r.power = p;
+        return;
+      }
+    }
+    for (size_t j = 0; j < n; ++j) {
+      double f0 = std::max(r.score[j].value, 0.0) + std::log1p(std::exp(-std::fabs(r.score[j].value)));
+      r.weight[j] = {f0 / sum, f0 / sum * (2 * worst + 16 * ULP)};
+      r.slope[j] = {slope_of_f(j) / sum, slope_of_f(j) / sum * (2 * worst + 16 * ULP)};
+    }
+  }
+
+  void forward(const am_body_table* body) {
+    run({&out.block, &stats, &extra}, [&](am_parallel with) { return body->attention(&a, with); });
+    out.check_between();
+    double rounding = pairs ? 0x1p-8 : 0;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t i = 0; i < queries; ++i) {
+          Row r = row(b, h, i);
+          int64_t at = out.index(b, h, i), kv = h / (heads / kv_heads);
+          std::vector<About> sum((size_t)value_width), second((size_t)value_width);
+          for (size_t j = 0; j < r.sees.size() && !r.poisoned; ++j) {
+            std::vector<double> v = value.at_row(b, kv, r.sees[j]);
+            for (size_t d = 0; d < v.size(); ++d) {
+              sum[d].add(r.weight[j].value * v[d],
+                         (r.weight[j].error + r.weight[j].value * (rounding + 8 * ULP)) * std::fabs(v[d]) + r.loose);
+              second[d].add(r.second[j].value * v[d],
+                            (r.second[j].error * (1 + rounding) + r.second[j].value * (rounding + 8 * ULP)) * std::fabs(v[d]) + r.loose);
+            }
+          }
+          if (r.poisoned && stats[at * AM_STATS] == stats[at * AM_STATS]) fail("a row that gave NaN does not say so");
+          for (int64_t d = 0; d < value_width; ++d) {
+            check(out.get(at, d), r.poisoned ? NAN : sum[(size_t)d].value, sum[(size_t)d].error + 1e-37, f, "out", at, d);
+            if (a.extra && !r.poisoned)
+              check(extra[at * value_width + d], second[(size_t)d].value, second[(size_t)d].error + 1e-37, FORMATS[0], "extra", at, d);
+          }
+        }
+  }
+
+  void backward(const am_body_table* body) {
+    am_attention_backward g;
+    memset(&g, 0, sizeof g);
+    g.forward = a;
+    g.grad = grad.heads();
+    g.grad_query = grad_query.heads();
+    g.grad_key = grad_key.heads();
+    g.grad_value = grad_value.heads();
+    if (a.row_scale.data) g.grad_row_scale = grad_scale.begin();
+    run({&grad_query.block, &grad_key.block, &grad_value.block, &grad_scale},
+        [&](am_parallel with) { return body->attention_backward(&g, with); });
+    for (Heads* x : {&grad_query, &grad_key, &grad_value}) x->check_between();
+
+    std::vector<std::vector<About>> of_key((size_t)key.own.rows, std::vector<About>((size_t)width)),
+        of_value((size_t)value.own.rows, std::vector<About>((size_t)value_width));
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t i = 0; i < queries; ++i) differentiate(b, h, i, g.grad_row_scale != nullptr, of_key, of_value);
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t kv = 0; kv < kv_heads; ++kv)
+        for (int64_t j = 0; j < keys; ++j) {
+          int64_t at = key.index(b, kv, j);
+          std::vector<double> k = key.at_row(b, kv, j);
+          bool sound = finite(k) && finite(value.at_row(b, kv, j));
+          if (!sound) k.assign(k.size(), 0);
+          project(k, of_key[(size_t)at]);
+          for (int64_t d = 0; d < width; ++d)
+            check(grad_key.get(at, d), sound ? of_key[(size_t)at][(size_t)d].value : 0, of_key[(size_t)at][(size_t)d].error + 1e-37, f, "grad_key", at, d);
+          for (int64_t d = 0; d < value_width; ++d)
+            check(grad_value.get(at, d), sound ? of_value[(size_t)at][(size_t)d].value : 0,
+                  of_value[(size_t)at][(size_t)d].error + 1e-37, f, "grad_value", at, d);
+        }
+  }
+  // From the gradient of x / |x| to that of x, where cosines are compared.
+  void project(const std::vector<double>& x, std::vector<About>& g) const {
+    if (!a.cosine) return;
+    double n = length_of(x), along = 0, of_along = 0;
+    for (size_t d = 0; d < x.size(); ++d) {
+      along += g[d].value * x[d] / n;
+      of_along += (g[d].error + 4 * ULP * std::fabs(g[d].value)) * std::fabs(x[d]) / n;
+    }
+    for (size_t d = 0; d < x.size(); ++d)
+      g[d] = {(g[d].value - along * x[d] / n) / n,
+              (g[d].error + 4 * ULP * std::fabs(g[d].value) + (of_along + 4 * ULP * std::fabs(along)) * std::fabs(x[d]) / n) / n};
+  }
+  void differentiate(int64_t b, int64_t h, int64_t i, bool scaled, std::vector<std::vector<About>>& of_key,
+                     std::vector<std::vector<About>>& of_value) {
+    Row r = row(b, h, i);
+    int64_t at = out.index(b, h, i), kv = h / (heads / kv_heads);
+    std::vector<double> q = query.at_row(b, h, i), g = grad.at_row(b, h, i), y, z;
+    bool dead = r.poisoned || !finite(q);
+    std::vector<About> of_query((size_t)width);
+    About of_scale;
+    if (!dead) {
+      // the result and the second sum as they were stored
+      y = out.at_row(b, h, i);
+      for (int64_t d = 0; d < value_width; ++d) z.push_back(a.extra ? extra[at * value_width + d] : 0);
+      double of_delta, of_z, delta = dot(g, y, &of_delta), by_z = dot(g, z, &of_z), q_length = a.cosine ? length_of(q) : 1;
+      double n = (double)r.sees.size(), own = per(a.row_scale, row_scale, b, h, i, 1), factor = a.scale * own;
+      for (size_t j = 0; j < r.sees.size(); ++j) {
+        int64_t k_at = key.index(b, kv, r.sees[j]);
+        std::vector<double> k = key.row(k_at), v = value.row(k_at);
+        double of_dp, dp = dot(g, v, &of_dp), s = r.score[j].value, f1 = 1 / (1 + std::exp(-s));
+        About w = r.weight[j], c = r.slope[j], ds;
+        of_dp *= ULP * (std::sqrt((double)value_width) + 4);
+        double of_d = 4 * ULP * of_delta;
+        if (map == AM_MAP_SOFTMAX || map == AM_MAP_SOFTPLUS || (map == AM_MAP_LSSAR && r.flat)) {
+          ds = {c.value * (dp - delta), c.error * std::fabs(dp - delta) + c.value * (of_dp + of_d)};
+        } else if (map == AM_MAP_SIGMOID || map == AM_MAP_RELU) {
+          ds = {c.value * dp, c.error * std::fabs(dp) + c.value * of_dp};
+        } else if (map == AM_MAP_CLIPPED) {
+          double weight = per(a.row_weight, row_weight, b, h, i, 1), m = c.value > 0 ? r.second[j].value / c.value : 0;
+          ds = {c.value * (m * dp - by_z), c.error * std::fabs(m * dp - by_z) + r.second[j].error * std::fabs(dp) +
+                                               c.value * (weight * of_dp + 4 * ULP * of_z)};
+        } else {
+          double p = r.power, by_r = p * r.second[j].value * (dp - delta);
+          double of_r = p * (r.second[j].error * std::fabs(dp - delta) + r.second[j].value * (of_dp + of_d));
+          double common = n > 3 ? p * (by_z - delta * r.common) / n : 0;
+          double of_c = n > 3 ? p * (4 * ULP * of_z + (of_d + 4 * ULP * std::fabs(delta)) * r.common + std::fabs(delta) * r.of_common) / n : 0;
+          ds = {(by_r - common) * f1, (of_r + of_c + (std::fabs(by_r) + std::fabs(common)) * (r.score[j].error + 8 * ULP)) * f1};
+        }
+        ds.error += r.loose + 4 * ULP * std::fabs(ds.value);
+        double stretch = seen.stretched(i, r.sees[j]), k_length = a.cosine ? length_of(k) : 1, size;
+        ds = {ds.value * stretch, ds.error * stretch};
+        double product = dot(q, k, &size) / (q_length * k_length);
+        of_scale.add(ds.value * a.scale * product, (ds.error + 16 * ULP * std::fabs(ds.value)) * a.scale * size / (q_length * k_length));
+        for (size_t d = 0; d < q.size(); ++d) {
+          double by_q = factor * k[d] / k_length, by_k = factor * q[d] / q_length;
+          of_query[d].add(ds.value * by_q, (ds.error + 8 * ULP * std::fabs(ds.value)) * std::fabs(by_q));
+          of_key[(size_t)k_at][d].add(ds.value * by_k, (ds.error + 8 * ULP * std::fabs(ds.value)) * std::fabs(by_k));
+        }
+        for (size_t d = 0; d < v.size(); ++d)
+          of_value[(size_t)k_at][d].add(w.value * g[d], (w.error + 8 * ULP * w.value + r.loose) * std::fabs(g[d]));
+      }
+      project(q, of_query);
+    }
+    for (int64_t d = 0; d < width; ++d)
+      check(grad_query.get(at, d), of_query[(size_t)d].value, of_query[(size_t)d].error + 1e-37, f, "grad_query", at, d);
+    if (scaled) check(grad_scale[at], of_scale.value, of_scale.error + 1e-37, FORMATS[0], "grad_row_scale", at, 0);
+  }
+};
+
+void try_attention(const am_body_table* body) {
+  auto some = [] { return one_in(3) ? between(1, 12) : one_in(2) ? pick<int64_t>({16, 32, 64, 128}) + between(-2, 2) : between(1, 150); };
+  int64_t queries = some(), keys = one_in(4) ? between(1, 600) : some(), width = some(), wide = some();
+  int64_t batch = between(1, 2), kv_heads = between(1, 2), group = between(1, 3);
+  while (batch * kv_heads * group * queries * keys * (width + wide) > 600000) {
+    if (batch * kv_heads * group > 1) batch = kv_heads = group = 1;
+    else if (width + wide > 20) width = (width + 1) / 2, wide = (wide + 1) / 2;
+    else queries = (queries + 1) / 2;
+  }
+  Attention x((am_dtype)below(3), batch, kv_heads, group, queries, keys, width, wide);
+  const std::string before = what;
+  what = before + "attention: " + x.describe();
+  x.forward(body);
+  what = before + "attention_backward: " + x.describe();
+  x.backward(body);
+}
+
 void try_memory(const am_body_table* body) {
   int64_t n = one_in(2) ? some_length() : between(1, 200000);
   Array<float> x(n), y(n);
@@ -944,7 +1475,7 @@ void try_fresh(const am_body_table* body) {
 void try_something(const am_body_table* body, long round) {
   if (round % 3000 == 1000) return try_linear(body, true);
   if (round % 500 == 250) return try_fresh(body);
-  switch (below(13)) {
+  switch (below(18)) {
     case 0: case 1: case 2: case 3: return try_softmax(body);
     case 4: return try_softmax_backward(body);
     case 5: return try_logsumexp(body);
@@ -952,6 +1483,8 @@ void try_something(const am_body_table* body, long round) {
     case 7: case 8: return try_cross_entropy(body);
     case 9: case 10: return try_linear(body, false);
     case 11: return try_rounding(body);
+    case 12: case 13: case 14: case 15: return try_attention(body);
+    case 16: return try_count(body);
     default: return try_memory(body);
   }
 }
@@ -967,7 +1500,7 @@ int main(int count, char** arguments) {
 #endif
   std::signal(SIGABRT, die);
   std::vector<const char*> isas;
-  for (const char* isa : {"portable", "avx2", "avx512"})
+  for (const char* isa : {"portable", "avx2", "avx512", "avx512bf16"})
     if (am_use_isa(isa) == 0) isas.push_back(isa);
   for (long round = first; round < first + rounds && problems < 20; ++round) {
     chance.seed((uint64_t)round);

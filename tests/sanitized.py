@@ -13,7 +13,12 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-FILES = ("test_row*.py", "test_cross_entropy.py", "test_linear_cross_entropy.py")
+FILES = (
+    "test_row*.py",
+    "test_cross_entropy.py",
+    "test_linear_cross_entropy.py",
+    "test_attention_kernels.py",
+)
 # compilers and measurements of memory have nothing to say here
 LEFT_OUT = "not compile and not never_whole"
 ROUNDS = 2000
