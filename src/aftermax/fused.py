@@ -80,7 +80,7 @@ def _walk(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         nothing if visible.slopes is None else visible.slopes.float().contiguous(),
         nothing if fused.by_distance is None else fused.by_distance.contiguous(),
         *(
-            nothing if rows is None else rows.float().expand(batch, heads, queries)
+            nothing if rows is None else _of_rows(rows, batch, heads, queries)
             for rows in (
                 fused.row_scale,
                 fused.row_bias,
@@ -108,6 +108,11 @@ def _walk(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         differentiable = ops.attention if torch.compiler.is_compiling() else Differentiable.apply
         return differentiable(*tensors, *options)[0]
     return ops.attention_forward.default(*tensors, *options)
+
+
+def _of_rows(rows: Tensor, batch: int, heads: int, queries: int) -> Tensor:
+    rows = rows.float().expand(batch, heads, queries)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _mask(visible: Visible, nothing: Tensor) -> tuple[Tensor, float]:

@@ -69,7 +69,8 @@ def lssar_weights(scores: Tensor, visible: Tensor, power: float | Tensor) -> Ten
     above = (f - threshold).relu()  # 0 where hidden, where f is 0
     top = above.detach().amax(-1, keepdim=True)  # a factor of the row, which the norm cancels
     flat = top <= FLAT * mean
-    share = above / torch.where(flat, 1, top)
+    # 0 in flat rows: what rounding left there, raised to a power, has no gradient in float32
+    share = torch.where(flat, 0, above / torch.where(flat, 1, top))
     sharpened = raise_to(share, power)
     weights = torch.where(flat, f / row_total(f), sharpened / row_total(sharpened))
     return weights.masked_fill(~visible, 0)  # as in `lssa_weights`

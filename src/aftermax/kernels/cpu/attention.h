@@ -239,7 +239,7 @@ static void attend_streaming(const Packed<Words, T>& p, int64_t batch, int64_t h
     from = end;
   }
   float factors[QUERY_ROWS], nothing[AM_STATS];
-  for (int64_t r = 0; r < count; ++r) factors[r] = Map::close(state[r], q.row(r), stats_of(a, q.row(r), nothing));
+  for (int64_t r = 0; r < count; ++r) factors[r] = Map::close(state[r], q.row(r), new_stats_of(a, q.row(r), nothing));
   store_out(q, out, wide, factors);
 }
 
@@ -291,7 +291,7 @@ static void attend_by_strip(const Packed<Words, T>& p, int64_t batch, int64_t he
     }
     float nothing[AM_STATS];
     factors[r] = Map::close(state[r], row, q.row(r), sum_of_lanes(total), sum_of_lanes(second),
-                            stats_of(a, q.row(r), nothing), &extra_factors[r]);
+                            new_stats_of(a, q.row(r), nothing), &extra_factors[r]);
   }
   sum_values();
   store_out(q, out, wide, factors);

@@ -172,6 +172,9 @@ struct Backward {
       RowView view(a.visible, row.batch, row.head, row.row, a.keys);
       view.shift(s, from, many);
       if (!within) view.hide(s, from, many);
+      // whatever a hidden key and its value have made of the product
+      for (int64_t j = 0; !within && j < many; j += W)
+        store(dp + j, select_below(set1(-INFINITY), load(s + j), load(dp + j), set1(0)));
     }
     typename Map::Back back(row, stats_of(a, row, nullptr), delta, of_extra);
     for (int64_t j = 0; j < many; j += W) {

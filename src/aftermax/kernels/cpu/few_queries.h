@@ -20,8 +20,9 @@ constexpr int64_t SPLIT_KEYS = 4 * KEY_TILE;
 // Rows that are fetched ahead of the one that is read.
 constexpr int64_t ROWS_AHEAD = 32;
 
+// Not where a backward pass follows: it makes the scores again as attention.h makes them, to the last digit.
 static inline bool are_few(const am_attention* a) {
-  return a->heads / a->kv_heads * a->queries <= FEW_ROWS && a->map != AM_MAP_CLIPPED && !a->extra;
+  return a->heads / a->kv_heads * a->queries <= FEW_ROWS && a->map != AM_MAP_CLIPPED && !a->stats;
 }
 
 template <class T>
@@ -319,7 +320,7 @@ struct FewQueries {
         }
         float nothing[AM_STATS];
         RowOf at = row(true, head / a.kv_heads, head % a.kv_heads, r);
-        store_row(at, out, Map::close(whole->state, at, stats_of(a, at, nothing)), whole->poisoned);
+        store_row(at, out, Map::close(whole->state, at, nothing), whole->poisoned);
       }
     return 0;
   }
@@ -328,8 +329,6 @@ struct FewQueries {
     for (int64_t i = 0; i < wide; i += W) store(x + i, fma(load(y + i), g, load(x + i) * f));
   }
   void store_row(const RowOf& at, const float* out, float factor, bool poisoned) const {
-    float nothing[AM_STATS];
-    if (poisoned) stats_of(a, at, nothing)[0] = NAN;
     store_out_row<T>(a.out, at, out, poisoned ? NAN : factor, a.value_width);
   }
 
@@ -399,7 +398,7 @@ struct FewQueries {
         add_up(out, 1, out + k * rows * wide, 1);
       }
       RowOf at = row(true, head / a.kv_heads, head % a.kv_heads, r);
-      float factor = Map::close(whole->state, Map::settle(whole->state, at), at, whole->total, 0, stats_of(a, at, nothing), &extra);
+      float factor = Map::close(whole->state, Map::settle(whole->state, at), at, whole->total, 0, nothing, &extra);
       store_row(at, out, factor, whole->poisoned);
     }
     return 0;

@@ -29,7 +29,7 @@ static inline F log1p_of_unit(F e) {
 
 // 1 / (1 + e^-x), to 2 ULP for |x| < 20; 0 at -infinity, 1 at infinity.
 static inline F sigmoid(F x) {
-  Pair e = exp_pair<true, false>(min(set1(-LOWEST), set1(0) - x));
+  Pair e = exp_coarse(min(set1(-LOWEST), set1(0) - x));
   return divide(set1(1), set1(1) + scale_up(e.p, e.n));
 }
 

@@ -97,8 +97,11 @@ struct SoftmaxMap {
     s = {zero(), 0, 0, 0, false};
     if (!row.a->sink) return;
     double sink = row.a->sink[row.head];
-    s.e = (float)nearbyint(sink * 1.4426950408889634);
-    s.sink = exp(sink - s.e * 0.693147180559945309417);
+    if (sink == -INFINITY) return;
+    bool far = !(sink < FAR_SCORE && sink > -FAR_SCORE);
+    s.shift = far ? (float)sink : 0;
+    s.e = far ? 0 : (float)nearbyint(sink * 1.4426950408889634);
+    s.sink = exp(sink - s.log());
     s.begun = true;
   }
 
@@ -244,6 +247,9 @@ struct ReluMap {
 
 // ---- ln(1 + e^s) by its sum --------------------------------------------------------------------------
 
+// 1 / the sum of a row. What is not above the subnormal numbers, of which some processors make 0, counts as an empty row.
+static inline float over(double total) { return total >= 0x1p-126 || total != total ? (float)(1 / total) : 0; }
+
 struct SoftplusMap {
   struct State {
     D sum;
@@ -262,8 +268,7 @@ struct SoftplusMap {
   }
   static void merge(State& s, const State& more, float*, float*) { s.sum = s.sum + more.sum; }
   static float close(const State& s, const RowOf&, float* stats) {
-    double total = sum_of_lanes(s.sum);
-    return stats[0] = total > 0 || total != total ? (float)(1 / total) : 0;
+    return stats[0] = over(sum_of_lanes(s.sum));
   }
 
   struct Back {
@@ -317,7 +322,7 @@ struct LssarMap {
       float n = row.per(row.a->count, 0), p = row.per(row.a->row_power, row.a->power);
       float mean = n > 0 ? (float)(sum_of_lanes(s.sum) / n) : 0, above = n > 3 ? mean : 0;
       float top = max_of_lanes(s.top) - above;
-      flat = !(top > FLAT * mean);
+      flat = !(top > FLAT * mean && top >= 0x1p-126f);
       threshold = set1(above);
       over_top = set1(flat ? 0 : 1 / top);
       power = Power(p);
@@ -334,7 +339,7 @@ struct LssarMap {
   // `total`, `second`: of the weights. Returns what the weighted sum is multiplied by; extra_factor likewise.
   static float close(const State&, const Row& r, const RowOf&, double total, double second, float* stats,
                      float* extra_factor) {
-    float factor = total > 0 || total != total ? (float)(1 / total) : 0, over_top = max_of_lanes(r.over_top);
+    float factor = over(total), over_top = max_of_lanes(r.over_top);
     *extra_factor = factor * over_top;
     stats[0] = max_of_lanes(r.threshold);
     stats[1] = over_top;

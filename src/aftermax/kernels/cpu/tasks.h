@@ -63,5 +63,9 @@ static void store_out_row(const am_heads& to, const RowOf& row, const float* fro
 static inline float* stats_of(const am_attention& a, const RowOf& row, float* otherwise) {
   return a.stats ? a.stats + ((row.batch * a.heads + row.head) * a.queries + row.row) * AM_STATS : otherwise;
 }
+// The same, all 0: no map fills all of them.
+static inline float* new_stats_of(const am_attention& a, const RowOf& row, float* otherwise) {
+  return (float*)memset(stats_of(a, row, otherwise), 0, AM_STATS * sizeof(float));
+}
 
 }  // namespace AM_ISA
