@@ -268,7 +268,11 @@ static void attend_by_strip(const Packed<Words, T>& p, int64_t batch, int64_t he
         q.finish_scores(r, from + at, band.many, s + at, within);
         Map::first(state[r], s + at, band.many, s, at);
       }
-      for (int64_t r = band.row; r < band.row + band.rows; r += TILE_ROWS) reach[r / TILE_ROWS] = at + band.many;
+      for (int64_t r = band.row; r < band.row + band.rows; ++r) {  // 0 for what was left out on the way
+        int64_t* so_far = &reach[r / TILE_ROWS];
+        memset(strip + r * strip_step + *so_far, 0, (size_t)(at - *so_far) * 4);
+        if (r % TILE_ROWS == TILE_ROWS - 1) *so_far = at + band.many;
+      }
     });
   }
   int64_t step = strip_step / Words::IN_WORD;
