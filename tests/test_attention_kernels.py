@@ -370,6 +370,8 @@ def test_sigmoids_of_any_bias_are_right(n, body):
         exact = attend(entry, in_float64(case), seen_in_float64(visible), impl="reference")
         # a score of 100 is off by 100 eps, and its sigmoid by that share of itself
         slack = 200 * EPS * summed(entry, case, seen_in_float64(visible), exact)
+        # weights below the normal numbers may count as 0
+        slack = slack + torch.finfo(F32).tiny * case.value.abs().sum().item()
         assert_within(out, exact, slack, body)
 
 

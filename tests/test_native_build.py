@@ -196,7 +196,11 @@ def test_the_library_shows_nothing_but_its_own_names(built, tmp_path):
 
 def test_the_plain_core_runs_without_torch_and_python(built, tmp_path):
     """Some rounds of the fuzzer on the code that is shipped; `make test-sanitize` does more."""
-    sources = ["core", "body_portable", *(["body_avx2", "body_avx512"] if X86 else [])]
+    sources = [
+        "core",
+        "body_portable",
+        *(["body_avx2", "body_avx512", "body_avx512bf16"] if X86 else []),
+    ]
     objects = [built.object(source) for source in sources]
     fuzzer = tmp_path / "fuzz_core"
     flags = ["-std=c++17", "-O1", f"-I{CPU}", "-pthread"]

@@ -22,14 +22,14 @@ struct Pair {
 };
 
 // Largest error of p: 1.1 ULP. Coarse leaves a factor of e^(n LN2_REST) in it, for sums that take it
-// out as a whole; without Clamp, x must be within +-LOWEST, or NaN.
+// out as a whole.
 #if defined(AM_TABLE)
 // With sixteen floats in one register: e^x = 2^n 2^(j/16) e^t, |t| <= ln 2 / 32. The multipliers are
 // what limits all kernels here, and a look-up takes two products less than a longer polynomial. n
 // keeps its sixteenths j: scale() takes the whole part, whole() the next whole number.
-template <bool Coarse = false, bool Clamp = true>
+template <bool Coarse = false>
 static inline Pair exp_pair(F x) {
-  if (Clamp) x = max(set1(LOWEST), x);
+  x = max(set1(LOWEST), x);
   // the addend rounds to sixteenths and leaves j in the last four bits
   F addend = set1(0x1.8p19f), sum = fma(x, set1(0x1.715476p+0f), addend);
   F n = sum - addend;
@@ -42,9 +42,9 @@ static inline Pair exp_pair(F x) {
 #else
 // A minimax polynomial of degree 6 with p(0) = p'(0) = 1, |t| <= ln 2 / 2: relative error 2.0e-9.
 static inline F whole(F n) { return n; }
-template <bool Coarse = false, bool Clamp = true>
+template <bool Coarse = false>
 static inline Pair exp_pair(F x) {
-  if (Clamp) x = max(set1(LOWEST), x);
+  x = max(set1(LOWEST), x);
   F n = round(x * set1(0x1.715476p+0f));
   F t = Coarse ? reduce_coarsely(x, n) : reduce_argument(x, n);
   F p = fma(set1(0x1.6ae732p-10f), t, set1(0x1.126782p-7f));

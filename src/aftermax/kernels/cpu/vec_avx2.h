@@ -41,11 +41,6 @@ static inline F scale(F a, F n) {
 }
 // The same where n may be above: then at least a 2^127.
 static inline F scale_any(F a, F n) { return scale(a, min(set1(127.0f), n)); }
-// The same for a near 1 or above: infinity from n = 128 on.
-static inline F scale_up(F a, F n) {
-  __m256 above = _mm256_cmp_ps(n.v, _mm256_set1_ps(127.0f), _CMP_GT_OQ);
-  return scale_any(a, n) * F{_mm256_blendv_ps(_mm256_set1_ps(1), _mm256_set1_ps(0x1p127f), above)};
-}
 
 // x - n ln 2, with ln 2 in two parts: LN2_REST is the second one.
 constexpr float LN2_REST = -0x1.05C61p-29f;
@@ -170,7 +165,7 @@ static inline F sums_by_lane(F* v) {
   return v[0];
 }
 
-static inline F divide(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+static inline F reciprocal(F a) { return {_mm256_div_ps(_mm256_set1_ps(1), a.v)}; }
 static inline F absolute(F a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 // x < y ? a : b; b where x is NaN.
 static inline F select_below(F x, F y, F a, F b) {

@@ -29,8 +29,6 @@ static inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline F scale(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // The same where n may be above: then at least a 2^127.
 static inline F scale_any(F a, F n) { return scale(a, n); }
-// The same for a near 1 or above: infinity from n = 128 on.
-static inline F scale_up(F a, F n) { return scale(a, n); }
 static inline bool any_greater(F a, F b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
 }
@@ -173,7 +171,11 @@ static inline F sums_by_lane(const F* v) {
   return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
 }
 
-static inline F divide(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+// 1 / a for a in [1, 2], to 1 ULP: an estimate of 14 bits and one step of Newton's, in a third of the time of a division.
+static inline F reciprocal(F a) {
+  F r = {_mm512_rcp14_ps(a.v)};
+  return {_mm512_fmadd_ps(_mm512_fnmadd_ps(a.v, r.v, _mm512_set1_ps(1)), r.v, r.v)};
+}
 static inline F absolute(F a) { return {_mm512_abs_ps(a.v)}; }
 // x < y ? a : b; b where x is NaN.
 static inline F select_below(F x, F y, F a, F b) {

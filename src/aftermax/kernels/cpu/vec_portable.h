@@ -52,8 +52,6 @@ static inline F scale(F a, F n) {
 }
 // The same where n may be above: then at least a 2^127.
 static inline F scale_any(F a, F n) { return scale(a, n); }
-// The same for a near 1 or above: infinity from n = 128 on.
-static inline F scale_up(F a, F n) { AM_LANES(scale(a, n).v[i] * (n.v[i] > 127 ? 0x1p127f : 1.0f)); }
 
 // x - n ln 2, in double, since there is no fused multiply-add to keep its digits.
 static inline F reduce_argument(F x, F n) {
@@ -135,7 +133,7 @@ static inline F sums_by_lane(F* v) {
   return v[0];
 }
 
-static inline F divide(F a, F b) { AM_LANES(a.v[i] / b.v[i]); }
+static inline F reciprocal(F a) { AM_LANES(1 / a.v[i]); }
 static inline F absolute(F a) { AM_LANES(a.v[i] < 0 ? -a.v[i] : a.v[i]); }
 // x < y ? a : b; b where x is NaN.
 static inline F select_below(F x, F y, F a, F b) { AM_LANES(x.v[i] < y.v[i] ? a.v[i] : b.v[i]); }
