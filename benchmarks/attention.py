@@ -3,6 +3,7 @@
     make bench-attention
     python benchmarks/attention.py [--save attention.json] [--threads 1 2]
                                    [--only targets|lengths|products|memory] [--quick]
+                                   [--up-to T]
 
 `interleaved.py` says how contenders are timed. B = 1, H = 8, D = 64 where nothing else is said;
 inputs are N(0, 1), seed 0. "Eager" is the same formula in plain torch, with the T x T matrix whole.
@@ -319,7 +320,7 @@ def targets() -> list[Work]:
 
 
 def rounds_and_repeats(operations: float, quick: bool) -> tuple[int, int]:
-    rounds = 21 if operations < 3e9 else 11 if operations < 1e11 else 5
+    rounds = 21 if operations < 3e9 else 11 if operations < 1e11 else 5 if operations < 3e11 else 3
     return 3 if quick else rounds, int(min(max(1, 1e9 // operations), 50))
 
 
@@ -417,12 +418,14 @@ def _cells(line: dict) -> list[str]:
 # ---- the curves over T -------------------------------------------------------------------------
 
 
-def measure_lengths(isa: str, threads: int, console: Console, record: Record, quick: bool) -> None:
+def measure_lengths(
+    isa: str, threads: int, console: Console, record: Record, quick: bool, up_to: int
+) -> None:
     """Every system, causal, ours, FlexAttention's and eager, beside SDPA: its time over theirs."""
     for backward in (False, True):
         for tokens in SWEEP:
             shape = Shape(tokens, causal=True, backward=backward)
-            if quick and shape.operations > QUICK / 3:
+            if tokens > up_to or (quick and shape.operations > QUICK / 3):
                 continue
             contenders = _curve_contenders(shape, console)
             rounds, repeats = rounds_and_repeats(13 * shape.operations, quick)
@@ -596,6 +599,9 @@ def main() -> None:
     parser = options_parser(__doc__, ("targets", "lengths", "products", "memory"))
     parser.add_argument("--isa", nargs="+", help="bodies; the best that runs by default")
     parser.add_argument("--quick", action="store_true", help="small works, three rounds: a trial")
+    parser.add_argument(
+        "--up-to", type=int, default=SWEEP[-1], metavar="T", help="the longest of the curves over T"
+    )
     options = parser.parse_args()
     need_kernels()
     console, record = Console(highlight=False, soft_wrap=True), Record(options.save)
@@ -604,7 +610,10 @@ def main() -> None:
     isas = options.isa or bodies()[:1]
     timed = {
         "targets": (measure_targets, options.threads),
-        "lengths": (measure_lengths, options.threads[:1]),
+        "lengths": (
+            functools.partial(measure_lengths, up_to=options.up_to),
+            options.threads[:1],
+        ),
         "products": (measure_products, options.threads),
     }
     try:
