@@ -99,6 +99,7 @@ def of_attention(block: Callable[[], str]) -> Callable[[Results], str]:
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
+    "attention-summary": of_attention(kernel_results.attention_summary),
     "attention-targets": of_attention(kernel_results.attention_targets),
     "attention-products": of_attention(kernel_results.attention_products),
     "attention-memory": of_attention(kernel_results.attention_memory_table),
