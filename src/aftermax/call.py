@@ -46,6 +46,9 @@ class Call:
         visible = _visible_of(attn_mask, is_causal)
         batch, heads, queries, width = query.shape
         visible.check(batch, heads, queries, key.shape[-2])
+        for name, x in {"attn_mask": visible.mask, "slopes": visible.slopes, **learned}.items():
+            if x is not None and x.device != query.device:
+                raise ValueError(f"{name} is on {x.device}, the query on {query.device}")
         return cls(
             query,
             key,

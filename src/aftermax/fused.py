@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aftermax import kernels, scores
+from aftermax import blocks, kernels, scores
 from aftermax.call import Call
 from aftermax.kernels.attention_ops import MAPS, Differentiable
 from aftermax.reference import transformed
 from aftermax.visible import Visible, hidden_below
 from aftermax.weights.row_map import RowMap
 
+CPU = torch.device("cpu")
+EMPTY = "there is nothing to compute"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,11 +38,19 @@ def refusal(call: Call) -> str | None:
         for name, x in (("attn_mask", visible.mask), ("the ALiBi slopes", visible.slopes)):
             if x is not None and x.requires_grad:
                 return f"the kernels have no gradient for {name}"
-    if type(call.weights).fused is RowMap.fused:
+    if not _says_how(type(call.weights)):
         return f"there is no kernel for {type(call.weights).__name__}"
     if not all((query.numel(), call.key.numel(), call.value.numel())):
-        return "there is nothing to compute"
+        return EMPTY
     return None
+
+
+def _says_how(kind: type[RowMap]) -> bool:
+    """Whether the class's `fused` speaks of its own formula, and not of one that it has changed."""
+    if kind.prepare not in (scores.dot, scores.cosine):
+        return False
+    owner = next(c for c in kind.__mro__ if "fused" in vars(c) or "weigh" in vars(c))
+    return owner is not RowMap and "fused" in vars(owner)
 
 
 def description(call: Call) -> str:
@@ -70,6 +80,12 @@ def _walk(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     batch, heads, queries, _ = query.shape
     lengths = _Lengths(visible, batch, heads, queries, key.shape[2])
     fused = call.weights.fused(lengths, **call.learned)
+    for name in ("row_bias", "row_weight", "row_power", "count", "by_distance"):
+        x = getattr(fused, name)
+        if x is not None and x.requires_grad:
+            raise RuntimeError(
+                f"the kernels have no gradient for {name} of {type(call.weights).__name__}"
+            )
     nothing = query.new_empty((0,), dtype=torch.float32)
     mask, limit = _mask(visible, nothing)
     tensors = (
@@ -98,7 +114,7 @@ def _walk(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         visible.offset,
         visible.window or 0,
         limit,
-        queries - 1 + visible.offset,
+        0 if fused.by_distance is None else queries - 1 + visible.offset,
         float(call.scale),
         float(fused.power),
     )
@@ -121,6 +137,9 @@ def _mask(visible: Visible, nothing: Tensor) -> tuple[Tensor, float]:
     if mask is None:
         return nothing, 0.0
     mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride(), strict=True)):
+        if stride == 0 and size > 1:  # what was expanded stays small
+            mask = mask.narrow(dim, 0, 1)
     if mask.dtype == torch.bool:
         return mask, 0.0
     return mask.float(), hidden_below(mask.dtype)
@@ -140,14 +159,14 @@ class _Lengths:
         visible = self.visible
         if visible.mask is None:
             return self._without_mask()
-        mask, limit = _mask(visible, torch.empty(0))
+        mask, limit = _mask(visible, torch.empty(0, device=CPU))
         options = (visible.causal, visible.offset, visible.window or 0, limit)
         sizes = (mask.shape[0], mask.shape[1], self.queries, self.keys)
         return torch.ops.aftermax.count_visible(mask, *options, *sizes)
 
     def _without_mask(self) -> Tensor:
         visible, keys = self.visible, self.keys
-        position = torch.arange(self.queries) + visible.offset
+        position = torch.arange(self.queries, device=CPU) + visible.offset
         first, last = torch.zeros_like(position), torch.full_like(position, keys)
         if visible.window is not None:
             first = (position - visible.window + 1).clamp_min(0)
@@ -157,10 +176,10 @@ class _Lengths:
         return (last - first).clamp_min(0).float()[None, None]
 
     def of_sequence(self) -> Tensor:
-        block = max(1, 2**24 // max(1, self.keys))
-        return self.visible.seen_by_any(
-            self.queries, self.keys, block, torch.device("cpu"), torch.float32
-        )[..., 0]
+        block = max(1, blocks.BLOCK_SCORES // max(1, self.batch * self.heads * self.keys))
+        seen = self.visible.seen_by_any(self.queries, self.keys, block, CPU, torch.float32)
+        return seen[..., 0]
 
     def distances(self) -> Tensor:
-        return torch.arange(-(self.queries - 1 + self.visible.offset), self.keys)
+        offset = self.visible.offset
+        return torch.arange(-(self.queries - 1 + offset), self.keys - offset, device=CPU)

@@ -25,8 +25,8 @@ TENSORS = (
     " Tensor sink"
 )
 OPTIONS = (
-    "int map, bool cosine, bool causal, int offset, int window, float hidden_below, int zero,"
-    " float scale, float power"
+    "int map, bool cosine, bool causal, SymInt offset, SymInt window, float hidden_below,"
+    " SymInt zero, float scale, float power"
 )
 ROW_SCALE, SINK, TENSOR_COUNT = 6, 11, 12
 STATS = 4
@@ -47,7 +47,7 @@ def fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
 def fake(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     out = fake_forward(query, key, value)
     stats = query.new_empty((*query.shape[:3], STATS), dtype=torch.float32)
-    twice = MAPS[others[TENSOR_COUNT - 3]] in SUMS_TWICE
+    twice = MAPS[others[TENSOR_COUNT - 3]] in SUMS_TWICE  # the first option
     extra = query.new_empty(out.shape if twice else (0,), dtype=torch.float32)
     return out, stats, extra
 
@@ -88,12 +88,14 @@ class Differentiable(torch.autograd.Function):
         return backward(ctx, *grads)
 
 
-def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "attention: the kernels' gradients have no gradient themselves (create_graph=True);"
             " impl='reference' has"
         )
+    if grad is None:  # nothing came from above
+        return (None,) * (TENSOR_COUNT + len(ctx.options))
     *tensors, out, stats, extra = ctx.saved_tensors
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     of_query, of_key, of_value, of_scale = torch.ops.aftermax.attention_backward.default(
@@ -134,8 +136,8 @@ def schemas() -> dict[str, tuple]:
             fake_backward,
         ),
         "count_visible": (
-            "(Tensor mask, bool causal, int offset, int window, float hidden_below,"
-            " int batch, int heads, int queries, int keys) -> Tensor",
+            "(Tensor mask, bool causal, SymInt offset, SymInt window, float hidden_below,"
+            " SymInt batch, SymInt heads, SymInt queries, SymInt keys) -> Tensor",
             fake_count,
         ),
     }

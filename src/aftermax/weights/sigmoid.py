@@ -77,7 +77,7 @@ class Sigmoid(RowMap):
         elif self.n == "sequence":
             n = lengths.of_sequence()
         else:
-            n = torch.full((1, 1, 1), float(self.n))
+            n = torch.full((1, 1, 1), float(self.n), device="cpu")
         return Fused("sigmoid", row_bias=-n.clamp_min(1).log())
 
 

@@ -171,7 +171,7 @@ class SoftmaxOne(RowMap):
         return softmax_sink_weights(scores, rows.visible, scores.new_zeros(()))
 
     def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
-        return Fused("softmax", sink=torch.zeros(lengths.heads))
+        return Fused("softmax", sink=torch.zeros(lengths.heads, device="cpu"))
 
 
 @dataclass(frozen=True)

@@ -316,15 +316,23 @@ static void attend_by_strip(const Packed<Words, T>& p, int64_t batch, int64_t he
 // ---- tasks -----------------------------------------------------------------------------------------
 
 // Heads that are packed at a time: enough to keep the threads busy, and no more, so that the memory that they take is
-// used again.
+// used again; nor more than PACKED_BYTES of them, but one for each thread.
 constexpr int64_t TASKS_PER_THREAD = 32;
+constexpr int64_t PACKED_BYTES = 64 << 20;
+
+template <class Words>
+static int64_t heads_at_once(const am_attention* a, int64_t threads) {
+  int64_t rows = a->heads / a->kv_heads * a->queries, all = a->batch * a->kv_heads;
+  int64_t busy = (TASKS_PER_THREAD * threads * QUERY_ROWS + rows - 1) / rows;
+  int64_t bytes = a->keys * (a->width + a->value_width) * 4 / Words::IN_WORD;
+  return most(1, least(all, least(busy, most(threads, PACKED_BYTES / bytes))));
+}
 
 template <class Words, class T>
 static int attention_as(const am_attention* a, am_parallel with) {
   if (are_few(a)) return attend_few<T>(a, with);
   int64_t all = a->batch * a->kv_heads, group = a->heads / a->kv_heads;
-  int64_t at_once = (TASKS_PER_THREAD * with.threads * QUERY_ROWS + a->queries * group - 1) / (a->queries * group);
-  Packed<Words, T> p(a, most(1, least(all, at_once)));
+  Packed<Words, T> p(a, heads_at_once<Words>(a, with.threads));
   int64_t wide = up_to(a->value_width, TILE_COLUMNS), row_words = up_to(p.words, W);
   bool by_strip = a->map == AM_MAP_LSSAR || a->map == AM_MAP_CLIPPED;
   int64_t rows = QUERY_ROWS, room = QUERY_ROWS * (wide + row_words);

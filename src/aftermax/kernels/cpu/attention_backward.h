@@ -1,7 +1,7 @@
 // The gradients of attention, in memory that grows with the rows and not with their square, and with every sum in one
 // order: the result does not depend on the threads.
 //
-// A task takes one head of keys and every SPLITSth tile of them, and walks the heads and rows of queries that see it:
+// A task takes one head of keys and every splits-th tile of them, and walks the heads and rows of queries that see it:
 // scores and weights are made again from what the forward pass left of each row, the gradients of keys and values are
 // finished for its tiles, and those of queries are added up in a part of their own. The parts are added in order at
 // the end. Everything is float32.

@@ -218,7 +218,7 @@ typedef struct {
   float* grad_row_scale;  // (batch, heads, queries); may be null
 } am_attention_backward;
 
-// Returns 0, or 1 where scratch memory could not be had (then nothing was written).
+// Returns 0, or 1 where scratch memory could not be had (then the result is worth nothing).
 typedef struct {
   const char* name;
   int (*softmax)(const am_softmax*, am_parallel);

@@ -105,11 +105,14 @@ struct FewQueries {
           r += dots<1>(r, from, many);
       }
       F off = set1(0);
-      for (int64_t r = 0; r < few.rows; ++r)
+      for (int64_t r = 0; r < few.rows; ++r) {
+        float* s = scores + r * KEY_TILE;
+        for (int64_t j = many; j < up_to(many, W); ++j) s[j] = 0;
         for (int64_t j = 0; j < many; j += W) {
-          F v = load(scores + r * KEY_TILE + j);
+          F v = load(s + j);
           off = off + (v - v);
         }
+      }
       bool suspicious = !(sum_of_lanes(widen(off)) == 0);
       if (few.a.cosine) take_lengths(from, many);
       for (int64_t r = 0; r < few.rows; ++r) {
@@ -180,7 +183,6 @@ struct FewQueries {
     void finish_scores(int64_t r, int64_t from, int64_t many, float* s, bool suspicious) {
       const am_attention& a = few.a;
       int64_t whole = up_to(many, W);
-      for (int64_t j = many; j < whole; ++j) s[j] = 0;
       if (a.cosine)
         for (int64_t j = 0; j < whole; j += W) store(s + j, load(s + j) * load(over_length + j));
       if (suspicious)
@@ -413,7 +415,7 @@ static int attend_few(const am_attention* a, am_parallel with) {
     case AM_MAP_SIGMOID: return few.template stream<SigmoidMap>(with);
     case AM_MAP_RELU: return few.template stream<ReluMap>(with);
     case AM_MAP_SOFTPLUS: return few.template stream<SoftplusMap>(with);
-    default: return few.template by_strip<LssarMap>(with);
+    default: return few.template by_strip<LssarMap>(with);  // are_few() has seen to that
   }
 }
 

@@ -29,7 +29,8 @@ static bool is_finite(const T* x, int64_t n) {
   return sum_of_lanes(widen(off)) == 0;
 }
 
-// 1 / the length of the vector; 1 for the zero vector, which has no direction.
+// 1 / the length of the vector; 1 for the zero vector, which has no direction, and for what is so short that its inverse
+// would leave float32.
 template <class T>
 static float one_over_length(const T* x, int64_t n) {
   D sum = zero();
@@ -38,7 +39,7 @@ static float one_over_length(const T* x, int64_t n) {
     sum = sum + d * d;
   });
   double square = sum_of_lanes(sum);
-  return square > 0 ? (float)(1 / sqrt(square)) : 1;
+  return square > 1e-70 ? (float)(1 / sqrt(square)) : 1;
 }
 
 // Words that a row of that width takes.

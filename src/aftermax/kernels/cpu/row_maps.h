@@ -44,7 +44,7 @@ struct RowOf {
 // kept at it: floats reach far, so that a tile may weigh up to REACH more than e says before all is scaled anew, by
 // a power of two, without rounding. No maximum is taken on the way. shift is 0, but for scores beyond +-FAR_SCORE, of
 // which no pair can be made: there it is the maximum, as in other softmaxes.
-constexpr float REACH = 0x1p60f;
+constexpr float REACH = 0x1p20f;
 constexpr float FAR_SCORE = 1e5f;
 
 // Writes the weights of a tile and returns their sum by lanes.
@@ -109,7 +109,8 @@ struct SoftmaxMap {
   static float weigh(State& s, const float* x, float* p, int64_t n) {
     if (s.begun && s.shift == 0) {
       F sum = exponentials<false, Words>(x, p, n, s.e, 0);
-      if (!any_greater(sum, set1(REACH))) {
+      // beyond +-FAR_SCORE not even the sign is sure
+      if (all_below(absolute(sum), set1(REACH))) {
         s.sum = s.sum + widen(sum);
         return 1;
       }

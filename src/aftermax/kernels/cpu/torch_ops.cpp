@@ -606,7 +606,7 @@ struct Attention {
     a.visible = visible_of(mask, slopes, distance, options);
     if (mask.count > 0 && !fits(mask, {a.batch, a.heads, a.queries, a.keys})) fail("mask does not fit the scores");
     if (slopes.count > 0 && slopes.count != a.heads) fail("there must be one slope for each head");
-    if (distance.count > 0 && (distance.count != 2 * (a.queries - 1 + a.visible.offset + a.keys) ||
+    if (distance.count > 0 && (distance.count != 2 * (a.queries - 1 + a.keys) ||
                                a.visible.zero != a.queries - 1 + a.visible.offset))
       fail("distance must hold two numbers for each distance");
     a.map = (am_row_map)integer(options[MAP]);

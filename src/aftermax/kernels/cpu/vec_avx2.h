@@ -26,6 +26,7 @@ static inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 static inline F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
 static inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
 static inline F round(F a) { return {_mm256_round_ps(a.v, 8)}; }
+static inline bool all_below(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)) == 0; }
 static inline bool any_greater(F a, F b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
 }

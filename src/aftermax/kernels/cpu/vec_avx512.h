@@ -29,6 +29,7 @@ static inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline F scale(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // The same where n may be above: then at least a 2^127.
 static inline F scale_any(F a, F n) { return scale(a, n); }
+static inline bool all_below(F a, F b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ) == 0; }
 static inline bool any_greater(F a, F b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
 }

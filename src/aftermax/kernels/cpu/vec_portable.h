@@ -33,6 +33,11 @@ static inline F min(F a, F b) { AM_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 static inline F max(F a, F b) { AM_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 // To the nearest whole number, for |a| < 2^22: adding 3 2^22 leaves no bits for a fraction.
 static inline F round(F a) { AM_LANES((a.v[i] + 0x1.8p23f) - 0x1.8p23f); }
+static inline bool all_below(F a, F b) {
+  bool all = true;
+  for (int i = 0; i < W; ++i) all = all && a.v[i] < b.v[i];
+  return all;
+}
 static inline bool any_greater(F a, F b) {
   bool any = false;
   for (int i = 0; i < W; ++i) any |= a.v[i] > b.v[i];
