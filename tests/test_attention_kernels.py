@@ -745,3 +745,150 @@ def test_the_kernels_are_what_is_used_where_nothing_is_asked_for():
     for weights in (Softmax(), SoftmaxSink(), LSSAR()):
         asked = attention(q, q, q, weights=weights, impl="cpu")
         assert torch.equal(attention(q, q, q, weights=weights), asked)
+
+
+# what users and their subclasses may do
+
+
+@pytest.mark.parametrize("queries", [70, 1])
+@pytest.mark.parametrize("score", [2e5, 1e7, 1e9, 1e20, 3e30])
+def test_a_score_far_above_all_tiles_before_takes_the_row(score, queries, body):
+    leaves = [normal(1, 1, n, 8, seed=n).requires_grad_() for n in (queries, 300, 300)]
+    mask = torch.zeros(300)
+    mask[200] = score
+    out = attention(*leaves, attn_mask=mask, impl="cpu")
+    assert_close(out, leaves[2][:, :, 200:201].expand_as(out), rtol=8 * EPS, atol=8 * EPS)
+    for gradient in torch.autograd.grad(out.sum(), leaves):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "offset"), [(3, 5, -1), (20, 30, -4), (1, 5, -5), (3, 5, -9)]
+)
+@every_entry
+def test_a_negative_offset_is_a_position_as_any_other(entry, queries, keys, offset, body):
+    case = Case(*(normal(1, 2, n, 8, seed=n) for n in (queries, keys, keys)), {})
+    for causal in (False, True):
+        visible = Visible(causal=causal, offset=offset)
+        expected = attend(entry, case, visible, impl="reference")
+        assert_close(attend(entry, case, visible), expected, rtol=64 * EPS, atol=64 * EPS)
+
+
+@pytest.mark.parametrize("queries", [20, 1])
+@pytest.mark.parametrize("size", [1e-30, 1e-38, 1e-40])
+def test_tiny_vectors_leave_cosines_finite(size, queries, body):
+    leaves = [normal(1, 1, n, 8, seed=n) for n in (queries, 20, 20)]
+    leaves[0][:, :, -1] *= size
+    leaves[1][:, :, 5] *= size
+    leaves = [x.requires_grad_() for x in leaves]
+    out = attention(*leaves, weights=LSSA(), impl="cpu")
+    assert out.isfinite().all()
+    if size == 1e-30:  # its direction is still one of float32
+        exact = attention(*(x.double() for x in leaves), weights=LSSA())
+        assert_close(out.double(), exact, rtol=64 * EPS, atol=64 * EPS)
+
+
+def test_a_class_that_changes_the_formula_does_not_run_its_parents_kernel():
+    class Hot(Softmax):
+        def weigh(self, scores, rows, **learned):
+            return super().weigh(10 * scores, rows, **learned)
+
+    class Longer(Softmax):
+        prepare = staticmethod(lambda vectors: 3 * vectors)
+
+    class Renamed(Softmax):
+        pass
+
+    x = normal(1, 2, 5, 8)
+    for weights in (Hot(), Longer()):
+        assert "no kernel for" in explain(x, x, x, weights=weights)
+        with pytest.raises(RuntimeError, match="there is no kernel for"):
+            attention(x, x, x, weights=weights, impl="cpu")
+        assert not torch.allclose(attention(x, x, x, weights=weights), attention(x, x, x))
+    assert explain(x, x, x, weights=Renamed()).startswith("cpu: Renamed")
+
+
+def test_a_constant_of_the_kernels_that_wants_a_gradient_raises():
+    class Learned(Sigmoid):
+        def weigh(self, scores, rows, **learned):
+            raise NotImplementedError
+
+        def fused(self, lengths, **learned):
+            bias = torch.zeros(1, 1, 1, requires_grad=True)
+            return dataclasses.replace(super().fused(lengths), row_bias=bias)
+
+    x = normal(1, 2, 5, 8)
+    with pytest.raises(RuntimeError, match="no gradient for row_bias of Learned"):
+        attention(x, x, x, weights=Learned())
+
+
+def test_nothing_from_above_is_no_gradient():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x = normal(1, 2, 5, 8).requires_grad_()
+    (Stop.apply(attention(x, x, x, impl="cpu")).sum() + x.sum()).backward()
+    assert_close(x.grad, torch.ones_like(x))
+
+
+def test_no_queries_are_no_error_for_who_insists_on_the_kernels():
+    x = normal(1, 2, 5, 8)
+    assert attention(x[:, :, :0], x, x, impl="cpu").shape == (1, 2, 0, 8)
+    assert attention(x[:0], x[:0], x[:0], impl="cpu").shape == (0, 2, 5, 8)
+
+
+@every_entry
+def test_the_kernels_hold_under_another_default_device(entry):
+    case = case_of(entry, tokens=5).to(F32)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    for visible in (Visible(causal=True), Visible(mask=mask)):
+        expected = attend(entry, case, visible)
+        with torch.device("meta"):
+            got = attend(entry, case, visible)
+        assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_an_expanded_mask_stays_small():
+    x = normal(4, 4, 64, 8)
+    mask = normal(64, 64).to(BF16)
+
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.bytes = max(self.bytes, out.untyped_storage().nbytes())
+            return out
+
+    with Largest() as largest:
+        out = attention(x, x, x, attn_mask=mask.expand(4, 4, 64, 64), impl="cpu")
+    assert largest.bytes <= max(4 * mask.numel(), 4 * out.numel())
+    assert_close(out, attention(x, x, x, attn_mask=mask.float(), impl="cpu"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["softmax", "lssar", "scale-invariant"])
+def test_one_graph_serves_all_lengths(name):
+    entry, graphs = find(name), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: attend(entry, Case(x, x, x, {}), Visible(causal=True)),
+        backend=count,
+        dynamic=True,
+        fullgraph=True,
+    )
+    for tokens in range(20, 31):
+        x = normal(1, 2, tokens, 8)
+        assert_close(compiled(x), attend(entry, Case(x, x, x, {}), Visible(causal=True)))
+    assert len(graphs) == 1

@@ -144,6 +144,9 @@ def explain(
 ) -> str:
     """Which way `attention` goes for the same arguments, and if it is the reference, why.
 
+    Raises:
+        ValueError, RuntimeError, TypeError: as `attention`.
+
     >>> x = torch.zeros(1, 1, 3, 4)
     >>> explain(x, x, x, dropout_p=0.1)
     'reference: the kernels have no dropout'

@@ -139,4 +139,5 @@ def _complete(
                 f"{name} of {type(weights).__name__} needs shape {tuple(initial[name].shape)}, "
                 f"got {tuple(tensor.shape)}"
             )
-    return {name: tensor.to(device) for name, tensor in initial.items()} | learned
+    left_out = {name: x.to(device) for name, x in initial.items() if name not in learned}
+    return left_out | learned

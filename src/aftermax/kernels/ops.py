@@ -2,8 +2,8 @@
 
 Their CPU implementations register themselves when the library is loaded (`cpu/torch_ops.cpp`).
 Where there is no weight or no bias, an empty tensor stands in its place. The backward operators are
-not differentiable themselves: where a graph of the gradient is asked for, the backward pass goes
-through `aftermax.reference` instead.
+not differentiable themselves: where a graph of the gradient is asked for, the backward pass of rows
+and losses goes through `aftermax.reference` instead, and that of attention raises.
 """
 
 from __future__ import annotations
