@@ -892,3 +892,17 @@ def test_one_graph_serves_all_lengths(name):
         x = normal(1, 2, tokens, 8)
         assert_close(compiled(x), attend(entry, Case(x, x, x, {}), Visible(causal=True)))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["softmax", "lssar", "scale-invariant"])
+def test_export_takes_a_length_that_changes(name):
+    class Attend(torch.nn.Module):
+        def forward(self, query, key, value):
+            return attend(find(name), Case(query, key, value, {}), Visible(causal=True))
+
+    lengths = {2: torch.export.Dim("tokens", min=2, max=1024)}
+    example = (normal(1, 2, 40, 8),) * 3
+    exported = torch.export.export(Attend(), example, dynamic_shapes=(lengths,) * 3).module()
+    for tokens in (40, 77, 300):
+        x = normal(1, 2, tokens, 8, seed=tokens)
+        assert_close(exported(x, x, x), Attend()(x, x, x), rtol=0, atol=0)
