@@ -284,7 +284,7 @@ def attention_memory() -> Figure:
     ax.set_xlabel("T")
     ax.set_ylabel("peak above the inputs")
     ax.set_title("Extra memory, forward and backward, causal, 8 heads of 64, float32", fontsize=10)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, handlelength=4)
     return figure
 
 
