@@ -120,7 +120,7 @@ def _walk(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     )
     ops = torch.ops.aftermax
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        # tracing takes the operator as it is registered; in between, half of its time goes by there
+        # tracing takes the operator as it is registered, with what torch does around it
         differentiable = ops.attention if torch.compiler.is_compiling() else Differentiable.apply
         return differentiable(*tensors, *options)[0]
     return ops.attention_forward.default(*tensors, *options)

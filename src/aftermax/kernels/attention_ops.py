@@ -72,7 +72,7 @@ def setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> Non
 class Differentiable(torch.autograd.Function):
     """The operator `attention` with its graph, without what torch does around operators.
 
-    A small call costs a third of what the registered formula costs. Not for tracing.
+    That would be the larger part of a small call. Not for tracing.
     """
 
     @staticmethod

@@ -90,9 +90,9 @@ class RowMap:
         return {}
 
 
-def log_lengths(lengths: Lengths) -> Tensor:
-    """ln N_i; 0 for a row that sees one key or none."""
-    return lengths.of_rows().clamp_min(1).log()
+def log_lengths(count: Tensor) -> Tensor:
+    """ln N_i of `Lengths.of_rows`; 0 for a row that sees one key or none."""
+    return count.clamp_min(1).log()
 
 
 def per_head(parameter: Tensor, like: Tensor) -> Tensor:

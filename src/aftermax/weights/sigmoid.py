@@ -24,7 +24,7 @@ from torch import Tensor
 from aftermax import scores as score
 from aftermax.entry import Entry, Laws
 from aftermax.visible import Rows, count
-from aftermax.weights.row_map import Fused, Lengths, RowMap
+from aftermax.weights.row_map import Fused, Lengths, RowMap, log_lengths
 
 
 def sigmoid_weights(scores: Tensor, visible: Tensor, bias: Tensor | float) -> Tensor:
@@ -78,7 +78,7 @@ class Sigmoid(RowMap):
             n = lengths.of_sequence()
         else:
             n = torch.full((1, 1, 1), float(self.n), device="cpu")
-        return Fused("sigmoid", row_bias=-n.clamp_min(1).log())
+        return Fused("sigmoid", row_bias=-log_lengths(n))
 
 
 ENTRY = Entry(

@@ -108,7 +108,9 @@ class Softmax(RowMap):
     def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
         if self.scale_rule is None:
             return Fused("softmax")
-        return Fused("softmax", row_scale=learned["s"].float()[:, None] * log_lengths(lengths))
+        return Fused(
+            "softmax", row_scale=learned["s"].float()[:, None] * log_lengths(lengths.of_rows())
+        )
 
     def learned(self, heads: int, value_dim: int) -> dict[str, Tensor]:
         return {"s": torch.full((heads,), self.s)} if self.scale_rule == "log_n" else {}
@@ -131,7 +133,7 @@ class CosineSoftmax(RowMap):
         return softmax_weights(score.add_bias(scores, rows.bias), rows.visible)
 
     def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
-        return Fused("softmax", row_scale=log_lengths(lengths))
+        return Fused("softmax", row_scale=log_lengths(lengths.of_rows()))
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class LSSA(RowMap):
         return lssa_weights(self._scores(scores, rows), rows.visible)
 
     def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
-        return Fused("softplus", row_scale=log_lengths(lengths))
+        return Fused("softplus", row_scale=log_lengths(lengths.of_rows()))
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class LSSAR(LSSA):
 
     def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
         count = lengths.of_rows()
-        scale = count.clamp_min(1).log()
+        scale = log_lengths(count)
         return Fused("lssar", row_scale=scale, count=count, power=self.power)
 
 
@@ -145,7 +145,7 @@ class LSSARLog(LSSA):
 
     def fused(self, lengths: Lengths, **learned: Tensor) -> Fused:
         count = lengths.of_rows()
-        scale = count.clamp_min(1).log()
+        scale = log_lengths(count)
         power = (self.factor * scale).clamp_min(1)
         return Fused("lssar", row_scale=scale, count=count, row_power=power)
 

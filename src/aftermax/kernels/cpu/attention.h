@@ -132,7 +132,7 @@ struct Queries {
         factor[r] = 0;
         continue;
       }
-      factor[r] = a.scale * row(r).per(a.row_scale, 1) * (a.cosine ? one_over_length(x, a.width) : 1);
+      factor[r] = query_factor(row(r), x);
       row_to_words(Words(), x, a.width, Words::IN_WORD == 1 ? factor[r] : 1, to);
     }
   }
@@ -168,12 +168,7 @@ struct Queries {
     for (int64_t j = 0; j < many; ++j)
       if ((flaws[j] || flawed[r]) && s[j] != -INFINITY) poisoned[r] = true;
   }
-  // Whether all rows see all of the keys [from, from + many).
-  bool within(int64_t from, int64_t many) const {
-    if (p.a->visible.mask) return false;
-    KeyRange all = all_see(p.a->visible, first, count, p.a->keys);
-    return all.low <= from && from + many <= all.high;
-  }
+  bool within(int64_t from, int64_t many) const { return all_see_all(p.a->visible, first, count, from, many, p.a->keys); }
   template <class Step>
   void each_band(int64_t from, int64_t many, bool within, Step step) const {
     each_band_of(*p.a, batch, head, first, count, from, many, within, step);
@@ -228,11 +223,7 @@ static void attend_streaming(const Packed<Words, T>& p, int64_t batch, int64_t h
       for (int64_t r = band.row; r < least(band.row + band.rows, count); ++r) {
         float *s = scores + r * KEY_TILE, *w = weights + r * step;
         q.finish_scores(r, from, band.many, s, within);
-        float factor = Map::template weigh<Words>(state[r], s, w, band.many);
-        if (factor != 1) {
-          F f = set1(factor);
-          for (int64_t j = 0; j < wide; j += W) store(out + r * wide + j, load(out + r * wide + j) * f);
-        }
+        scale_row(out + r * wide, wide, Map::template weigh<Words>(state[r], s, w, band.many));
       }
       add_values(q, band, weights, step, from, out, wide, true);
     });
@@ -334,7 +325,7 @@ static int attention_as(const am_attention* a, am_parallel with) {
   int64_t all = a->batch * a->kv_heads, group = a->heads / a->kv_heads;
   Packed<Words, T> p(a, heads_at_once<Words>(a, with.threads));
   int64_t wide = up_to(a->value_width, TILE_COLUMNS), row_words = up_to(p.words, W);
-  bool by_strip = a->map == AM_MAP_LSSAR || a->map == AM_MAP_CLIPPED;
+  bool by_strip = am_sees_row_first(a->map);
   int64_t rows = QUERY_ROWS, room = QUERY_ROWS * (wide + row_words);
   if (by_strip) {
     while (rows > TILE_ROWS && rows * p.padded > STRIP) rows /= 2;

@@ -92,16 +92,13 @@ struct Backward {
       memset(g, 0, (size_t)wide * 4);
       room.delta[r] = room.of_extra[r] = 0;
       if (r >= a.queries || dead(row(batch, head, r)) || !is_finite(query.row(r), a.width)) continue;
-      row_to_words(Singles(), query.row(r), a.width, query_factor(batch, head, r, query.row(r)), q);
+      row_to_words(Singles(), query.row(r), a.width, query_factor(row(batch, head, r), query.row(r)), q);
       row_to_words(Singles(), grad.row(r), a.value_width, 1, g);
       room.delta[r] = (float)dot(g, out.row(r), a.value_width);
       if (a.extra)
         room.of_extra[r] =
             (float)dot(g, a.extra + ((batch * a.heads + head) * a.queries + r) * a.value_width, a.value_width);
     }
-  }
-  float query_factor(int64_t batch, int64_t head, int64_t r, const T* x) const {
-    return a.scale * row(batch, head, r).per(a.row_scale, 1) * (a.cosine ? one_over_length(x, a.width) : 1);
   }
   template <class Y>
   static double dot(const float* x, const Y* y, int64_t n) {
@@ -125,9 +122,9 @@ struct Backward {
 
     for (int64_t first = 0; first < a.queries; first += QUERY_ROWS) {
       int64_t count = least(QUERY_ROWS, a.queries - first);
-      KeyRange some = some_see(a.visible, first, count, a.keys), all = all_see(a.visible, first, count, a.keys);
+      KeyRange some = some_see(a.visible, first, count, a.keys);
       if (some.high <= from || some.low >= from + many) continue;
-      bool within = !a.visible.mask && all.low <= from && from + many <= all.high;
+      bool within = all_see_all(a.visible, first, count, from, many, a.keys);
       const float *query = room.query + first * deep, *grad = room.grad + first * wide;
       int64_t begin = 0, end = 0;  // of the rows that see any of the keys
       each_band_of(a, batch, head, first, count, from, many, within, [&](Band band) {
@@ -236,7 +233,7 @@ struct Backward {
       }
       float over_length = a.cosine ? one_over_length(x, a.width) : 1;
       if (of_scale) *of_scale = (float)(dot(sum, x, a.width) * over_length * a.scale);
-      store_vector(b->grad_query, at, x, sum, query_factor(batch, head, r, x), over_length);
+      store_vector(b->grad_query, at, x, sum, query_factor(at, x), over_length);
     }
   }
 

@@ -190,6 +190,9 @@ typedef enum {
   AM_MAP_CLIPPED = 5,   // softmax p becomes min(max(row_stretch p + row_bias, 0), 1)
 } am_row_map;
 
+// Whether a map has to see its row first, and needs a second weighted sum of the values for its backward pass.
+static inline int am_sees_row_first(am_row_map map) { return map == AM_MAP_LSSAR || map == AM_MAP_CLIPPED; }
+
 enum { AM_STATS = 4 };
 
 typedef struct {

@@ -53,7 +53,6 @@ struct FewQueries {
     bool begins;                    // with the first key
     HeadRows<T> key, value;
     float *query, *scores, *weights, *out;  // (rows, deep), (rows, KEY_TILE) twice, (rows, wide)
-    float factor[FEW_ROWS];                 // of the scores
     bool flawed[FEW_ROWS], poisoned[FEW_ROWS];
     float over_length[KEY_TILE];  // of the keys of a tile, for cosines
 
@@ -89,8 +88,7 @@ struct FewQueries {
         memset(to, 0, (size_t)few.deep * 4);
         return;
       }
-      float f = a.scale * at.per(a.row_scale, 1) * (a.cosine ? one_over_length(x, a.width) : 1);
-      row_to_words(Singles(), x, a.width, f, to);
+      row_to_words(Singles(), x, a.width, query_factor(at, x), to);
     }
 
     // Scores of all rows against the keys of a tile, `many` of them, and -infinity up to whole vectors.
@@ -189,10 +187,9 @@ struct FewQueries {
         for (int64_t j = 0; j < many; ++j)
           if (!sound(from + j)) s[j] = 0;
       RowOf at = row(r);
-      KeyRange all = all_see(a.visible, at.row, 1, a.keys);
       RowView view(a.visible, batch, at.head, at.row, a.keys);
       view.shift(s, from, whole);
-      if (a.visible.mask || from < all.low || from + many > all.high) view.hide(s, from, whole);
+      if (!all_see_all(a.visible, at.row, 1, from, many, a.keys)) view.hide(s, from, whole);
       for (int64_t j = many; j < whole; ++j) s[j] = -INFINITY;
     }
     // Whether the row sees a flaw in a tile.
@@ -263,11 +260,6 @@ struct FewQueries {
           for (int i = 0; i < VECTORS; ++i) sum[l][i] = fma(set1(w[l * KEY_TILE + j]), right[i], sum[l][i]);
       }
     }
-    void scale_out(int64_t r, float factor) {
-      if (factor == 1) return;
-      F f = set1(factor);
-      for (int64_t i = 0; i < few.wide; i += W) store(out + r * few.wide + i, load(out + r * few.wide + i) * f);
-    }
   };
 
   RowOf row(bool first_split, int64_t batch, int64_t kv, int64_t r) const {
@@ -302,8 +294,9 @@ struct FewQueries {
         int64_t many = least(KEY_TILE, split.end - from);
         split.tile_scores(from, many);
         for (int64_t r = 0; r < rows; ++r)
-          split.scale_out(r, Map::template weigh<Singles>(part[r].state, split.scores + r * KEY_TILE,
-                                                          split.weights + r * KEY_TILE, up_to(many, W)));
+          scale_row(split.out + r * wide, wide,
+                    Map::template weigh<Singles>(part[r].state, split.scores + r * KEY_TILE, split.weights + r * KEY_TILE,
+                                                 up_to(many, W)));
         split.add_values(from, many);
       }
       for (int64_t r = 0; r < rows; ++r) part[r].poisoned = split.poisoned[r];

@@ -33,14 +33,16 @@ static inline F sigmoid(F x) {
   return select_below(x, set1(0), e * larger, larger);
 }
 
-// ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|), to 3 ULP for x > -20; 0 at -infinity.
-static inline F softplus(F x) { return max(x, set1(0)) + log1p_of_unit(exp_of_negative(set1(0) - absolute(x))); }
-
-// The same, and its derivative 1 / (1 + e^-x) from the same e^-|x|.
+// ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|), to 3 ULP for x > -20; 0 at -infinity. And its derivative
+// 1 / (1 + e^-x), from the same e^-|x|.
 static inline F softplus(F x, F* derivative) {
   F e = exp_of_negative(set1(0) - absolute(x)), larger = reciprocal(set1(1) + e);
   *derivative = select_below(x, set1(0), e * larger, larger);
   return max(x, set1(0)) + log1p_of_unit(e);
+}
+static inline F softplus(F x) {
+  F unused;
+  return softplus(x, &unused);
 }
 
 // log2(x) for 0 < x < infinity and not subnormal: x = m 2^k with m near 1, and m - 1 times a polynomial of

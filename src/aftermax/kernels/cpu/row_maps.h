@@ -28,6 +28,13 @@ inline void put_weights<Pairs>(float* row, int64_t j, F w) {
 }
 #endif
 
+// x *= factor, for whole vectors of x.
+static inline void scale_row(float* x, int64_t n, float factor) {
+  if (factor == 1) return;
+  F f = set1(factor);
+  for (int64_t j = 0; j < n; j += W) store(x + j, load(x + j) * f);
+}
+
 static inline float at_row(const am_per_row& p, int64_t batch, int64_t head, int64_t row, float otherwise) {
   return p.data ? p.data[batch * p.step[0] + head * p.step[1] + row] : otherwise;
 }
@@ -90,7 +97,11 @@ struct SoftmaxMap {
     bool begun;
 
     double log() const { return shift + e * 0.693147180559945309417; }
-    double total() const { return sum_of_lanes(sum) + sink; }
+    // 1 / the sum of the row; 0 for an empty one.
+    float factor() const {
+      double total = sum_of_lanes(sum) + sink;
+      return total > 0 || total != total ? (float)(1 / total) : 0;
+    }
   };
 
   static void open(State& s, const RowOf& row) {
@@ -171,12 +182,10 @@ struct SoftmaxMap {
   }
 
   static float close(const State& s, const RowOf&, float* stats) {
-    double total = s.total();
-    float factor = total > 0 || total != total ? (float)(1 / total) : 0;
-    stats[0] = factor;
+    stats[0] = s.factor();
     stats[1] = s.e;
     stats[2] = s.shift;
-    return factor;
+    return stats[0];
   }
 
   struct Back {
@@ -385,10 +394,7 @@ struct ClippedMap {
   typedef SoftmaxMap::State State;
   static void open(State& s, const RowOf& row) { SoftmaxMap::open(s, row); }
   static void first(State& s, float* x, int64_t n, float* before, int64_t count) {
-    float factor = SoftmaxMap::settle<Singles>(s, x, x, n);
-    if (factor == 1) return;
-    F f = set1(factor);
-    for (int64_t j = 0; j < count; j += W) store(before + j, load(before + j) * f);
+    scale_row(before, count, SoftmaxMap::settle<Singles>(s, x, x, n));
   }
   struct Row {
     F stretch, bias;  // of e^s
@@ -398,17 +404,11 @@ struct ClippedMap {
       return select_below(u, none, none, select_below(set1(1), u, none, e));
     }
   };
-  static float factor_of(const State& s) {
-    double total = s.total();
-    return total > 0 || total != total ? (float)(1 / total) : 0;
-  }
   static Row settle(const State& s, const RowOf& row) {
-    return {set1(row.per(row.a->row_weight, 1) * factor_of(s)), set1(row.per(row.a->row_bias, 0))};
+    return {set1(row.per(row.a->row_weight, 1) * s.factor()), set1(row.per(row.a->row_bias, 0))};
   }
-  static float close(const State& s, const Row& r, const RowOf&, double, double, float* stats, float* extra_factor) {
-    stats[0] = factor_of(s);
-    stats[1] = s.e;
-    stats[2] = s.shift;
+  static float close(const State& s, const Row& r, const RowOf& at, double, double, float* stats, float* extra_factor) {
+    SoftmaxMap::close(s, at, stats);
     *extra_factor = max_of_lanes(r.stretch);
     return 1;
   }

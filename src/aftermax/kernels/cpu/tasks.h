@@ -53,6 +53,13 @@ static int share(am_parallel with, int64_t count, int64_t floats, const Task& ta
   return failed;
 }
 
+// By what a query is multiplied before it meets the keys.
+template <class T>
+static float query_factor(const RowOf& row, const T* x) {
+  const am_attention& a = *row.a;
+  return a.scale * row.per(a.row_scale, 1) * (a.cosine ? one_over_length(x, a.width) : 1);
+}
+
 template <class T>
 static void store_out_row(const am_heads& to, const RowOf& row, const float* from, float factor, int64_t width) {
   T* y = (T*)to.data + row.batch * to.step[0] + row.head * to.step[1] + row.row * to.step[2];

@@ -630,7 +630,6 @@ struct Attention {
     }
     return a;
   }
-  bool needs_extra(const am_attention& a) const { return a.map == AM_MAP_LSSAR || a.map == AM_MAP_CLIPPED; }
 
   static bool fits(const Tensor& t, std::initializer_list<int64_t> sizes) {
     int64_t d = 0;
@@ -654,7 +653,7 @@ void attention(Value* stack, uint64_t, uint64_t) {
   int32_t floats = torch.aoti_torch_dtype_float32();
   Tensor out = empty_heads(of.query, sizes);
   Tensor stats = ForBackward ? empty(4, stat_sizes, floats) : empty(1, &none, floats);
-  Tensor extra = ForBackward && of.needs_extra(a) ? empty(4, sizes, floats) : empty(1, &none, floats);
+  Tensor extra = ForBackward && am_sees_row_first(a.map) ? empty(4, sizes, floats) : empty(1, &none, floats);
   a.out = heads_of(out);
   a.stats = stats.count > 0 ? (float*)stats.data : nullptr;
   a.extra = extra.count > 0 ? (float*)extra.data : nullptr;
@@ -678,7 +677,7 @@ void attention_backward(Value* stack, uint64_t, uint64_t) {
   };
   if (!wide(grad) || !wide(out) || !grad.is(of.query.dtype) || !out.is(of.query.dtype)) fail("grad does not fit the result");
   if (stats.count != rows * AM_STATS || !stats.contiguous()) fail("stats do not fit");
-  if (of.needs_extra(a) && (extra.count != rows * a.value_width || !extra.contiguous())) fail("extra does not fit");
+  if (am_sees_row_first(a.map) && (extra.count != rows * a.value_width || !extra.contiguous())) fail("extra does not fit");
   b.forward.out = heads_of(out);
   b.forward.stats = (float*)stats.data;
   b.forward.extra = extra.count > 0 ? (float*)extra.data : nullptr;

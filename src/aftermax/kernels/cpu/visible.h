@@ -7,7 +7,6 @@ namespace AM_ISA {
 // Keys [low, high).
 struct KeyRange {
   int64_t low, high;
-  bool empty() const { return low >= high; }
 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -32,6 +31,12 @@ static inline KeyRange all_see(const am_visible& v, int64_t first, int64_t count
     r.high = least(r.high, v.offset + first + v.window);
   }
   return r;
+}
+
+// Whether each of the rows sees all of the keys [from, from + many).
+static inline bool all_see_all(const am_visible& v, int64_t first, int64_t count, int64_t from, int64_t many, int64_t keys) {
+  KeyRange all = all_see(v, first, count, keys);
+  return !v.mask && all.low <= from && from + many <= all.high;
 }
 
 // The scores of one row against the keys from `from` on, `count` of them, a multiple of W; keys from `keys` on do not
