@@ -15,15 +15,26 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aftermax import LSSA, LSSAR, Entry, LSSARLog, Visible, attention, attention_weights, scores
+from aftermax import (
+    CATALOGUE,
+    LSSA,
+    LSSAR,
+    Entry,
+    LSSARLog,
+    Visible,
+    attention,
+    attention_weights,
+    scores,
+)
 from aftermax.visible import hidden_below
 from aftermax.weights.softmax import distance_scale_and_shift
 
-from .cases import Case, case_of
+from .cases import Case, case_of, gradients
 from .native import BF16, F16, F32, F64, running
 
 EPS = torch.finfo(F32).eps
@@ -40,6 +51,23 @@ a million of those lies five to six of them out."""
 
 BY_LENGTH = ("log-n", "cosine", "lssa", "lssar", "lssar-log")
 """The entries whose scores are multiplied by ln N."""
+
+
+# ---- what is run ----
+
+
+every_entry = pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+
+
+def attend(entry, case, visible=Visible(), **options):  # noqa: B008, a frozen value
+    return case.attend(entry, visible, **{"enable_gqa": True, "impl": "cpu"} | options)
+
+
+def results(entry, case, visible, **options):
+    """Outputs and all gradients."""
+    leaves = case.map(lambda x: x.detach().requires_grad_())
+    out = attend(entry, leaves, visible, **options)
+    return [out.detach(), *gradients(out, leaves)]
 
 
 # ---- what may be seen ----

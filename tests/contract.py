@@ -415,7 +415,7 @@ def law_compiles(entry: Entry) -> None:
     in one block and in several.
 
     Float64 runs on the reference, in plain torch; the operators that the kernels register are held
-    to what torch asks of them in test_row_operators.py and test_attention_kernels.py."""
+    to what torch asks of them in test_row_operators.py and test_attention_operators.py."""
     case = case_of(entry, tokens=6).wanting_gradients()
     module = _Attend(entry, list(case.learned), Visible(causal=True))
     expected = module(*case.leaves)

@@ -170,7 +170,7 @@ def operator_samples():
     }
 
 
-# those of attention are checked in test_attention_kernels.py
+# those of attention are checked in test_attention_operators.py
 @pytest.mark.parametrize("name", [name for name in ops.TABLE if name not in schemas()])
 @needs_kernels
 def test_torch_finds_nothing_wrong_with_the_operator(name):
