@@ -64,7 +64,7 @@ def case_of(
 
     kv_heads = heads if kv_heads is None else kv_heads
     value_width = width if value_width is None else value_width
-    start = as_system(entry.system).learned(heads, value_width)
+    start = as_system(entry.system).learned(heads, width, value_width)
     learned = {name: x.to(F64) + 0.3 * normal(*x.shape) for name, x in start.items()}
     return Case(
         normal(batch, heads, tokens, width),

@@ -58,7 +58,7 @@ def test_a_system_has_the_methods_of_one(entry: Entry):
 
 @every_entry
 def test_what_is_learned_starts_the_same_for_every_head_in_float32(entry: Entry):
-    for start in entry.system.learned(3, 5).values():
+    for start in as_system(entry.system).learned(3, 5, 5).values():
         assert start.dtype == torch.float32
         assert start.shape[0] == 3
         assert torch.equal(start, start[:1].expand_as(start))

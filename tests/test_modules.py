@@ -206,7 +206,7 @@ def test_a_cache_of_half_the_heads_is_half_as_large():
 @every_entry
 def test_what_is_learned_is_registered_and_trained(entry):
     attend = module_of(entry.system)
-    learned = entry.system.learned(4, 4)
+    learned = attend.system.learned(4, 4, 4)
     names = {name for name, _ in attend.named_parameters()}
     assert {f"learned.{name}" for name in learned} <= names
     attend(tokens()).square().sum().backward()

@@ -22,7 +22,7 @@ from aftermax.weights.row_map import RowMap
 class System(Protocol):
     """query, key, value -> out, for a whole sequence or piece by piece."""
 
-    def learned(self, heads: int, value_dim: int) -> dict[str, Tensor]:
+    def learned(self, heads: int, key_dim: int, value_dim: int) -> dict[str, Tensor]:
         """Name -> initial value of what the system learns."""
         ...
 
@@ -97,7 +97,7 @@ class Dense:
 
     weights: RowMap
 
-    def learned(self, heads: int, value_dim: int) -> dict[str, Tensor]:
+    def learned(self, heads: int, key_dim: int, value_dim: int) -> dict[str, Tensor]:
         return self.weights.learned(heads, value_dim)
 
     def attend(self, query, key, value, visible: Visible, **options) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,3 +52,10 @@ class Entry:
     """What its paper claims about length, in a sentence."""
     ours: bool = False
     """True where the formula, or this form of it, is this library's own."""
+    causal: bool = True
+    """False where the formula has no causal form: a causal call then raises."""
+    positions: str = ""
+    """The position encoding that belongs to the formula; "" where any may stand before it."""
+    image_module: Callable[..., Any] | None = None
+    """Its paper's attention for images, a class that is called with (width, heads=, grid=); None
+    where that is `aftermax.Attention` with the system in it."""

@@ -100,7 +100,7 @@ class Attention(nn.Module):
         self.learned = nn.ParameterDict(
             {
                 name: nn.Parameter(start.to(device=device, dtype=dtype))
-                for name, start in self.system.learned(heads, self.head_dim).items()
+                for name, start in self.system.learned(heads, self.head_dim, self.head_dim).items()
             }
         )
         self.register_buffer("slopes", self.positions.slopes(heads), persistent=False)

@@ -116,6 +116,32 @@ class Visible:
             bias = alibi if bias is None else bias + alibi
         return Rows(visible, bias, distance)
 
+    def differs_by_query(self) -> bool:
+        """Whether queries see different keys for another reason than causality."""
+        if self.window is not None:
+            return True
+        mask = self.mask
+        return mask is not None and mask.ndim > 1 and mask.shape[-2] > 1 and mask.stride(-2) != 0
+
+    def seen_keys(self, system: str) -> Tensor | None:
+        """The mask as bool, for systems to whose scores nothing can be added; None = all are seen.
+
+        Raises:
+            ValueError: for ALiBi slopes, and for a float mask that does more than hide keys.
+        """
+        if self.slopes is not None:
+            raise ValueError(f"{system} has no scores that ALiBi slopes could be added to")
+        if self.mask is None or self.mask.dtype == torch.bool:
+            return self.mask
+        hidden = self.mask <= hidden_below(self.mask.dtype)
+        only_hides = (hidden | (self.mask == 0)).all()
+        problem = f"{system} has no scores that a mask could be added to: let it be 0, or -inf"
+        if torch.compiler.is_compiling():
+            torch._assert_async(only_hides, problem)
+        elif not only_hides:
+            raise ValueError(problem)
+        return ~hidden
+
     def seen_by_any(
         self, queries: int, keys: int, block: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
