@@ -137,7 +137,7 @@ class Visible:
         only_hides = (hidden | (self.mask == 0)).all()
         problem = f"{system} has no scores that a mask could be added to: let it be 0, or -inf"
         if torch.compiler.is_compiling():
-            torch._assert_async(only_hides, problem)
+            torch.ops.aten._assert_async.msg(only_hides, problem)
         elif not only_hides:
             raise ValueError(problem)
         return ~hidden
