@@ -102,7 +102,7 @@ def plain_views(batch: int, heads: int, tokens: int) -> dict[str, View]:
 
 
 def masked_views(batch: int, heads: int, tokens: int) -> dict[str, View]:
-    """Windows, arbitrary masks and terms added to the scores."""
+    """Windows, and masks that hide what they like from whom they like."""
     random = torch.Generator().manual_seed(7)
     shape = (batch, heads, tokens, tokens)
     everything, distance = torch.ones(shape, dtype=torch.bool), distances(tokens)
@@ -110,13 +110,8 @@ def masked_views(batch: int, heads: int, tokens: int) -> dict[str, View]:
     per_head = torch.rand(shape, generator=random) < 0.6
     per_head[0, 0, 1] = False  # a row that sees nothing
     per_head[0, 0, 2] = distance[2] == 1  # and one that sees one key
-    additive = torch.randn(shape, generator=random, dtype=F64)
-    additive = additive.masked_fill(~per_head, -torch.inf)
     lowest = torch.zeros(batch, 1, tokens, tokens, dtype=F64)
     lowest = lowest.masked_fill(~per_head[:, :1], torch.finfo(F64).min)
-    slopes = torch.tensor([2.0 ** -(h + 1) for h in range(heads)], dtype=F64)
-    alibi = -slopes[:, None, None] * distance.abs() + torch.zeros(shape, dtype=F64)
-    seen = additive > -torch.inf
     near = distance.abs() < 3
     return {
         "window, causal": View(Visible(causal=True, window=3), causal & near),
@@ -126,8 +121,26 @@ def masked_views(batch: int, heads: int, tokens: int) -> dict[str, View]:
             Visible(mask=per_head[:, :1]), everything & per_head[:, :1]
         ),
         "bool mask, causal": View(Visible(causal=True, mask=per_head), causal & per_head),
-        "float mask": View(Visible(mask=additive), seen, additive.masked_fill(~seen, 0)),
         "float mask with finfo.min": View(Visible(mask=lowest), everything & per_head[:, :1]),
+    }
+
+
+def biased_views(batch: int, heads: int, tokens: int) -> dict[str, View]:
+    """Terms that are added to the scores."""
+    random = torch.Generator().manual_seed(8)
+    shape = (batch, heads, tokens, tokens)
+    everything, distance = torch.ones(shape, dtype=torch.bool), distances(tokens)
+    seen = torch.rand(shape, generator=random) < 0.6
+    additive = torch.randn(shape, generator=random, dtype=F64)
+    slopes = torch.tensor([2.0 ** -(h + 1) for h in range(heads)], dtype=F64)
+    alibi = -slopes[:, None, None] * distance.abs() + torch.zeros(shape, dtype=F64)
+    causal = everything & (distance >= 0)
+    return {
+        "float mask": View(
+            Visible(mask=additive.masked_fill(~seen, -torch.inf)),
+            seen,
+            additive.masked_fill(~seen, 0),
+        ),
         "alibi": View(Visible(slopes=slopes), everything, alibi),
         "alibi, causal, window": View(
             Visible(causal=True, window=4, slopes=slopes), causal & (distance < 4), alibi

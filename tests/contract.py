@@ -29,6 +29,7 @@ from .cases import (
     F64,
     Case,
     View,
+    biased_views,
     blocks_of,
     case_of,
     decode,
@@ -89,8 +90,13 @@ def law_equation(entry: Entry) -> None:
 
 
 def law_masks(entry: Entry) -> None:
-    """1. It equals its equation under windows, bool and additive masks, ALiBi, to 1e-12."""
+    """1. It equals its equation under windows and masks that hide, to 1e-12."""
     _equals_naive(entry, masked_views)
+
+
+def law_biases(entry: Entry) -> None:
+    """1. It equals its equation with terms added to its scores, by a mask or ALiBi, to 1e-12."""
+    _equals_naive(entry, biased_views)
 
 
 def law_gradients(entry: Entry) -> None:
@@ -109,7 +115,7 @@ def law_gradients(entry: Entry) -> None:
 def law_mask_gradients(entry: Entry) -> None:
     """2. The gradients of an additive mask and of ALiBi slopes are the derivatives."""
     case = case_of(entry, batch=1, heads=2, tokens=5, width=4)
-    mask = masked_views(1, 2, 5)["float mask"].bias.requires_grad_()
+    mask = biased_views(1, 2, 5)["float mask"].bias.requires_grad_()
     slopes = torch.tensor([0.3, 0.1], dtype=F64, requires_grad=True)
 
     def attend(mask, slopes):
@@ -602,6 +608,7 @@ def law_length_aware(entry: Entry) -> None:
 LAWS: dict[str, Callable[[Entry], None]] = {
     "equation": law_equation,
     "masks": law_masks,
+    "biases": law_biases,
     "gradients": law_gradients,
     "mask_gradients": law_mask_gradients,
     "invisible_keys": law_invisible_keys,

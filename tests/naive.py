@@ -24,6 +24,9 @@ class Row(NamedTuple):
     distance: Tensor  # (N,) position of the query minus position of the key
     scale: float | None  # in place of the equation's own factor of the inner product
     learned: dict[str, Tensor]  # of this head
+    head: int
+    heads: int
+    counts: Tensor  # (N,) how many keys the token of each key sees itself
 
     @property
     def n(self) -> int:
@@ -126,6 +129,71 @@ def relu_over_n(row: Row) -> Tensor:
     return torch.relu(row.dot() + row.bias) / row.n
 
 
+def elu_plus_one(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x + 1, torch.exp(x))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def times(row: Row, weights: Tensor) -> Tensor:
+    """Linear systems have no scale of their own: one that is given multiplies the weights."""
+    return weights if row.scale is None else row.scale * weights
+
+
+def linear(row: Row) -> Tensor:
+    """arXiv 2006.16236, equation 5."""
+    weights = times(row, elu_plus_one(row.keys) @ elu_plus_one(row.query))
+    return weights / weights.sum()
+
+
+def cosformer(row: Row) -> Tensor:
+    """arXiv 2202.08791, equation 10, with M = 4096 and the authors' floor."""
+    near = torch.cos(math.pi / 2 * row.distance / 4096)
+    weights = times(row, (torch.relu(row.keys) @ torch.relu(row.query)) * near)
+    return weights / max(float(weights.sum()), 1e-6)
+
+
+def cottention(row: Row) -> Tensor:
+    """arXiv 2409.18747: cos / n^sigma(m)."""
+    cosines = row.keys @ row.query / (row.keys.norm(dim=1) * row.query.norm())
+    return times(row, cosines) / row.n ** torch.sigmoid(row.learned["m"])
+
+
+def cottention_value(row: Row) -> Tensor:
+    """The authors' causal code: v_j / n_j^sigma(m), n_j the keys that token j sees."""
+    cosines = row.keys @ row.query / (row.keys.norm(dim=1) * row.query.norm())
+    return times(row, cosines) / row.counts ** torch.sigmoid(row.learned["m"])
+
+
+def transnormer(row: Row) -> Tensor:
+    """arXiv 2307.14995: silu(q) . silu(k) exp(-rate |i - j|), the rate of the only layer that
+    there is, with the slopes 2^(-8 (h + 1) / H)."""
+    rate = 2 ** (-8 * (row.head + 1) / row.heads) * (1 + 1e-5)
+    decay = torch.exp(-rate * row.distance.abs())
+    return times(row, silu(row.keys) @ silu(row.query)) * decay
+
+
+def transnormer_lrpe(row: Row) -> Tensor:
+    """The same, each element turned by theta (i - j)."""
+    rate = 2 ** (-8 * (row.head + 1) / row.heads) * (1 + 1e-5)
+    decay = torch.exp(-rate * row.distance.abs())
+    turned = torch.cos(row.learned["theta"] * row.distance[:, None])
+    return times(row, (silu(row.keys) * silu(row.query) * turned).sum(1)) * decay
+
+
+def inline(row: Row) -> Tensor:
+    """arXiv 2412.06590, equation 4, with the factor s/N of the authors' code."""
+    products = row.dot() / row.n
+    return products - products.sum() / row.n + 1 / row.n
+
+
+def normalised(row: Row) -> Tensor:
+    """arXiv 2405.15731, equation 21, with the query for the input of the layer."""
+    return times(row, row.keys @ row.query) / torch.exp(row.learned["w"] @ row.query)
+
+
 def dense(weigh: Callable[[Row], Tensor], finish: Callable | None = None) -> Callable[..., Tensor]:
     """out_i = sum_j w_ij v_j with the weights of one row's equation; grouped heads by index."""
 
@@ -158,6 +226,9 @@ def dense(weigh: Callable[[Row], Tensor], finish: Callable | None = None) -> Cal
                         distance[i, sees],
                         scale,
                         {name: parameter[h] for name, parameter in learned.items()},
+                        h,
+                        heads,
+                        visible[b, h].sum(1)[sees],
                     )
                     out[b, h, i] = weigh(row) @ value[b, h // group, sees]
         return out if finish is None else finish(out, **learned)
@@ -174,6 +245,10 @@ def rms_norm(out: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
             y = out[b, :, i].flatten()
             normed[b, :, i] = gain * out[b, :, i] / torch.sqrt((y * y).sum() / len(y) + eps)
     return normed
+
+
+def srms_norm(out: Tensor, **_: Tensor) -> Tensor:
+    return rms_norm(out, torch.ones(()))
 
 
 def gated_rms_norm(out: Tensor, gain: Tensor, gate: Tensor) -> Tensor:
@@ -195,5 +270,13 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
     "rela": dense(relu, gated_rms_norm),
     "rela-rms": dense(relu, rms_norm),
     "relu-power": dense(relu_over_n),
+    "linear": dense(linear),
+    "cosformer": dense(cosformer),
+    "cottention": dense(cottention),
+    "cottention-value": dense(cottention_value),
+    "transnormer": dense(transnormer, srms_norm),
+    "transnormer-lrpe": dense(transnormer_lrpe, srms_norm),
+    "inline": dense(inline),
+    "normalised": dense(normalised),
 }
 """Name of the entry -> (query, key, value, visible, *, distance, bias, scale, learned) -> out."""

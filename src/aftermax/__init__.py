@@ -9,6 +9,20 @@ from aftermax.catalogue import CATALOGUE, Entry, find
 # the same with projections, positions and a cache
 from aftermax.dense import Dense, KeyValues, System
 
+# the same with a state of one size, and the modules of its papers
+from aftermax.linear import (
+    CosFormer,
+    Cottention,
+    InLine,
+    InLineAttention,
+    Linear,
+    LinearState,
+    Normalised,
+    NormalisedAttention,
+    TransNormer,
+    TransNormerBlock,
+)
+
 # logits -> loss
 from aftermax.losses import cross_entropy, linear_cross_entropy
 from aftermax.modules import Attention
@@ -45,12 +59,20 @@ __all__ = [
     "LSSAR",
     "ALiBi",
     "Attention",
+    "CosFormer",
     "CosineSoftmax",
+    "Cottention",
     "Dense",
     "Entry",
+    "InLine",
+    "InLineAttention",
     "KeyValues",
     "LSSARLog",
+    "Linear",
+    "LinearState",
     "NoPositions",
+    "Normalised",
+    "NormalisedAttention",
     "ReLA",
     "ReLUPower",
     "RoPE",
@@ -61,6 +83,8 @@ __all__ = [
     "SoftmaxOne",
     "SoftmaxSink",
     "System",
+    "TransNormer",
+    "TransNormerBlock",
     "Visible",
     "__version__",
     "attention",

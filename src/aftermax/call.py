@@ -42,7 +42,7 @@ class Call:
         if not 0 <= dropout_p <= 1:
             raise ValueError(f"dropout_p is a probability, got {dropout_p}")
         query, key, value = (four_dimensions(x) for x in (query, key, value))
-        _check_inputs(query, key, value, enable_gqa)
+        check_inputs(query, key, value, enable_gqa)
         visible = _visible_of(attn_mask, is_causal)
         batch, heads, queries, width = query.shape
         visible.check(batch, heads, queries, key.shape[-2])
@@ -56,7 +56,12 @@ class Call:
             weights,
             visible,
             weights.scale(width) if scale is None else scale,
-            _complete(weights, learned, heads, value.shape[-1], query.device),
+            complete(
+                type(weights).__name__,
+                weights.learned(heads, value.shape[-1]),
+                learned,
+                query.device,
+            ),
             dropout_p,
         )
 
@@ -87,7 +92,7 @@ def four_dimensions(x: Tensor) -> Tensor:
     return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
 
 
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ValueError(
             "query, key and value need one floating-point dtype, "
@@ -123,21 +128,18 @@ def _visible_of(attn_mask: Tensor | Visible | None, is_causal: bool) -> Visible:
     return Visible(causal=is_causal, mask=attn_mask)
 
 
-def _complete(
-    weights: RowMap, learned: dict, heads: int, value_dim: int, device
+def complete(
+    name: str, initial: dict[str, Tensor], learned: dict[str, Tensor], device: torch.device
 ) -> dict[str, Tensor]:
-    """The learned tensors, with initial values for those left out."""
-    initial = weights.learned(heads, value_dim)
+    """The learned tensors of the system of that name, with initial values for those left out."""
     if unknown := set(learned) - set(initial):
         has = ", ".join(sorted(initial)) or "none"
-        raise TypeError(
-            f"{type(weights).__name__} learns no {', '.join(sorted(unknown))} (it learns: {has})"
-        )
-    for name, tensor in learned.items():
-        if tensor.shape != initial[name].shape:
+        raise TypeError(f"{name} learns no {', '.join(sorted(unknown))} (it learns: {has})")
+    for key, tensor in learned.items():
+        if tensor.shape != initial[key].shape:
             raise ValueError(
-                f"{name} of {type(weights).__name__} needs shape {tuple(initial[name].shape)}, "
+                f"{key} of {name} needs shape {tuple(initial[key].shape)}, "
                 f"got {tuple(tensor.shape)}"
             )
-    left_out = {name: x.to(device) for name, x in initial.items() if name not in learned}
+    left_out = {key: x.to(device) for key, x in initial.items() if key not in learned}
     return left_out | learned

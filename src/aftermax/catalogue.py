@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aftermax.entry import Entry
+from aftermax.linear import cosformer, cottention, elu, inline, normalised, transnormer
 from aftermax.weights import rela, sigmoid, softmax, softplus
 
 CATALOGUE: tuple[Entry, ...] = (
@@ -19,6 +20,14 @@ CATALOGUE: tuple[Entry, ...] = (
     rela.RELA,
     rela.RELA_RMS,
     rela.RELU_POWER,
+    elu.ENTRY,
+    cosformer.ENTRY,
+    cottention.ROW,
+    cottention.VALUE,
+    transnormer.DECAY,
+    transnormer.LRPE,
+    inline.ENTRY,
+    normalised.ENTRY,
 )
 
 

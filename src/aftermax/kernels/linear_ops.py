@@ -1,0 +1,2 @@
+def walk(query, key, value, rate, state, totals):
+    raise NotImplementedError

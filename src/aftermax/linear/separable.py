@@ -1,0 +1,418 @@
+"""What every linear system is: features of queries and keys, a walk, and what follows it.
+
+A subclass is one paper. It says in `separate` what its features, values and decay are, and in
+`finish` what is done with the sums. Everything else is here, once: what may be seen, tokens that
+are hidden or not finite, grouped heads, precision, the state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from aftermax import kernels
+from aftermax.blocks import no_autocast
+from aftermax.call import check_inputs, complete
+from aftermax.linear.walk import both_ways, in_parallel, walk, why_not_cpu
+from aftermax.visible import Visible
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """All that is kept of the tokens so far: its size does not depend on how many they are."""
+
+    sums: Tensor  # (B, Hs, features, values), see walk.Walked.state
+    count: Tensor  # int64 (B,), the tokens that may be seen
+    flawed: Tensor  # bool (B, Hkv), whether one of them was not finite
+    length: int
+    """Tokens so far, padding included: the position of the next token."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.sums, self.count, self.flawed))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a call stand, for formulas that ask."""
+
+    query: Tensor
+    """float64 (Tq,): positions, from 0."""
+    key: Tensor
+    """float64 (Tk,)"""
+    tokens: int
+    """Tokens up to the last one, those before the call included."""
+    count: Tensor
+    """(B|1, H|1, Tq): N_i, the keys that query i sees."""
+    of_keys: Tensor | None
+    """(B|1, Hkv|1, Tk): N_j, the keys that token j sees; None where token j asks for nothing."""
+    key_sums: Tensor | None = None
+    """(B, H, Tq, D): sum of the keys that query i sees, for systems that ask for it."""
+
+
+@dataclass(frozen=True)
+class Separated:
+    """The two sides of the weights, ready to be walked."""
+
+    query: Tensor  # (B, H, Tq, F)
+    key: Tensor  # (B, Hkv, Tk, F)
+    value: Tensor  # (B, Hkv, Tk, Dv)
+    rate: Tensor | None = None  # (H,)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call, checked: in at least float32, the mask as bool."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    seen: Tensor | None
+    visible: Visible
+    scale: float | None
+    impl: str | None
+    form: str | None
+    learned: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Separable:
+    """A linear system, with the methods of `aftermax.System`.
+
+    `attend` walks in O(T) where every query sees the same keys, but for causality; where a mask or
+    a window differs from query to query the same weights are summed in parallel form, in O(T^2)
+    time and O(T) memory. There are no scores that anything could be added to: ALiBi and float masks
+    that do more than hide raise.
+    """
+
+    totals: ClassVar[bool] = False
+    """Whether the weights are summed too."""
+    needs_key_sums: ClassVar[bool] = False
+    """Whether `separate` asks for `Places.key_sums`. The key's features must then be the map of one
+    token, `key_features`."""
+    mixes_heads: ClassVar[bool] = False
+    """Whether `finish` lets the heads of a token meet."""
+
+    # ---- what a paper says ----
+
+    def learned(self, heads: int, key_dim: int, value_dim: int) -> dict[str, Tensor]:
+        """Name -> initial value of what the formula learns."""
+        return {}
+
+    def state_shape(self, key_dim: int, value_dim: int) -> tuple[int, int]:
+        """Features and values of one head's state."""
+        return key_dim, value_dim + self.totals
+
+    def separate(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        places: Places,
+        scale: float | None,
+        **learned,
+    ) -> Separated:
+        """Features, values and decay. `scale`: a factor of the weights; None = the paper's own."""
+        raise NotImplementedError(f"{type(self).__name__} does not define separate")
+
+    def key_features(self, key: Tensor) -> Tensor:
+        """The keys that `Places.key_sums` adds up."""
+        return key
+
+    def finish(self, out: Tensor, total: Tensor | None, **learned: Tensor) -> Tensor:
+        """What follows the sum: (B, H, T, Dv) and (B, H, T) -> (B, H, T, Dv)."""
+        return out
+
+    # ---- the methods of a system ----
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Visible,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        dropout_p: float = 0.0,
+        impl: str | None = None,
+        form: str | None = None,
+        **learned: Tensor,
+    ) -> Tensor:
+        """All at once: (B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv).
+
+        Args:
+            form: how the sum is walked, one of `walk.FORMS`; None picks.
+            impl: as in `walk`.
+
+        Raises:
+            ValueError: for shapes, dtypes and masks that do not fit, and for dropout: there are no
+                weights that could be dropped.
+            RuntimeError: for `impl="cpu"` where the kernel cannot do what is asked.
+        """
+        check_inputs(query, key, value, enable_gqa)
+        call = self._checked(query, key, value, visible, scale, dropout_p, impl, form, learned)
+        with no_autocast(query.device):
+            if self._walks(visible, query, key) and form != "parallel":
+                out, _ = self._walk(call, self._nothing(call))
+            elif impl == "cpu":
+                raise RuntimeError(f"{self._name}: impl='cpu', but {self._needs_parallel(form)}")
+            else:
+                out = self._in_parallel(call)
+        return out.to(query.dtype)
+
+    def init_state(
+        self, batch: int, kv_heads: int, key_dim: int, value_dim: int, **factory
+    ) -> LinearState:
+        """The state before the first token: zeros, in float32 or better."""
+        dtype = torch.promote_types(
+            factory.get("dtype") or torch.get_default_dtype(), torch.float32
+        )
+        device = factory.get("device")
+        features, values = self.state_shape(key_dim, value_dim)
+        return LinearState(
+            torch.zeros(batch, kv_heads, features, values, dtype=dtype, device=device),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            torch.zeros(batch, kv_heads, dtype=torch.bool, device=device),
+            0,
+        )
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: LinearState,
+        visible: Visible,
+        seen: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        dropout_p: float = 0.0,
+        impl: str | None = None,
+        form: str | None = None,
+        **learned: Tensor,
+    ) -> tuple[Tensor, LinearState]:
+        """The next tokens, one or many, after what `state` holds: (out, new state).
+
+        Raises:
+            ValueError: as `attend`; for masks (`seen`, bool (B, T), tells what later queries may
+            see)
+                and for a window: what was summed up cannot be forgotten.
+        """
+        if visible.mask is not None:
+            raise ValueError(
+                "step takes what later queries may see as `seen` (B, T), not as a mask"
+            )
+        if visible.window is not None or not visible.causal:
+            raise ValueError(
+                f"step of {self._name} is causal and has no window: a sum forgets nothing"
+            )
+        mask = None
+        if seen is not None:
+            tokens = (key.shape[0], key.shape[-2])
+            if seen.dtype != torch.bool or tuple(seen.shape) != tokens:
+                raise ValueError(
+                    f"seen must be bool of shape (B, T) = {tokens}, "
+                    f"got {seen.dtype} of shape {tuple(seen.shape)}"
+                )
+            mask = seen[:, None, None]
+        visible = replace(visible, mask=mask)
+        check_inputs(query, key, value, enable_gqa)
+        call = self._checked(query, key, value, visible, scale, dropout_p, impl, form, learned)
+        with no_autocast(query.device):
+            out, state = self._walk(call, state)
+        return out.to(query.dtype), state
+
+    def explain(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> str:
+        """Which way `attend` goes for these tensors, and if it is not the kernel, why.
+
+        >>> from aftermax import Linear
+        >>> x = torch.zeros(1, 1, 3, 4)
+        >>> Linear().explain(x, x, x, Visible(causal=True, window=2))
+        'reference: parallel, O(T^2): the visible keys differ from query to query'
+        """
+        if not self._walks(visible, query, key):
+            return f"reference: parallel, O(T^2): {self._needs_parallel(None)}"
+        if not visible.causal:
+            return "reference: two matrix products, O(T)"
+        refusal = why_not_cpu(query, key, value)
+        if refusal is not None:
+            return f"reference: chunked, O(T): {refusal}"
+        return f"cpu: {self._name} in chunks on the {kernels.isa()} kernels, O(T)"
+
+    # ---- the walk ----
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _checked(self, query, key, value, visible, scale, dropout_p, impl, form, learned) -> _Call:
+        if dropout_p > 0:
+            raise ValueError(f"{self._name} has no weights that dropout_p={dropout_p} could drop")
+        batch, heads, queries, width = query.shape
+        visible.check(batch, heads, queries, key.shape[-2])
+        seen = visible.seen_keys(self._name)
+        initial = self.learned(heads, width, value.shape[-1])
+        learned = complete(self._name, initial, learned, query.device)
+        compute = torch.promote_types(query.dtype, torch.float32)
+        query, key, value = (x.to(compute) for x in (query, key, value))
+        return _Call(query, key, value, seen, visible, scale, impl, form, learned)
+
+    def _walks(self, visible: Visible, query: Tensor, key: Tensor) -> bool:
+        aligned = visible.offset == 0 and query.shape[-2] == key.shape[-2]
+        return not visible.differs_by_query() and (aligned or not visible.causal)
+
+    def _needs_parallel(self, form: str | None) -> str:
+        if form == "parallel":
+            return "the parallel form was asked for"
+        return "the visible keys differ from query to query"
+
+    def _nothing(self, call: _Call) -> LinearState:
+        batch, kv_heads, _, width = call.key.shape
+        factory = {"device": call.key.device, "dtype": call.key.dtype}
+        return self.init_state(batch, kv_heads, width, call.value.shape[-1], **factory)
+
+    def _walk(self, call: _Call, state: LinearState) -> tuple[Tensor, LinearState]:
+        query, key, value, seen = call.query, call.key, call.value, call.seen
+        causal = call.visible.causal
+        heads, kv_heads, tokens = query.shape[1], key.shape[1], key.shape[2]
+        if seen is None:
+            seen = torch.ones(1, 1, tokens, dtype=torch.bool, device=key.device)
+        else:
+            seen = _four(seen)[:, :, 0].expand(-1, -1, tokens)  # (B|1, H|1, T)
+        if seen.shape[1] > 1 and heads != kv_heads:  # hidden from some heads of a group
+            key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+        flawed_query, flawed_key = ~_sound(query), ~(_sound(key) & _sound(value))
+        clean_query = query.masked_fill(flawed_query[..., None], 0)
+        nothing = (~seen | flawed_key)[..., None]
+        clean_key, clean_value = key.masked_fill(nothing, 0), value.masked_fill(nothing, 0)
+
+        number = seen.to(torch.int64)
+        held = state.count[:, None, None]
+        if causal:
+            count = held + number.cumsum(-1)
+        else:
+            count = (held + number.sum(-1, keepdim=True)).expand(-1, -1, query.shape[2])
+        places = Places(
+            torch.arange(query.shape[2], dtype=torch.float64, device=key.device) + state.length,
+            torch.arange(tokens, dtype=torch.float64, device=key.device) + state.length,
+            state.length + max(tokens, query.shape[2]),
+            count.to(query.dtype),
+            count.to(query.dtype) if causal or tokens == query.shape[2] else None,
+            self._key_sums(clean_key, nothing, causal, state, heads),
+        )
+        parts = self.separate(
+            clean_query, clean_key, clean_value, places, call.scale, **call.learned
+        )
+        # features may be something even of nothing
+        keys = parts.key.masked_fill(_heads(nothing, parts.key.shape[1]), 0)
+        options: dict[str, Any] = {"rate": parts.rate, "totals": self.totals, "impl": call.impl}
+        if causal:
+            options |= {"state": state.sums, "form": call.form}
+            walked = walk(parts.query, keys, parts.value, **options)
+        else:
+            walked = both_ways(parts.query, keys, parts.value, **options)
+        out = self.finish(walked.out, walked.total, **call.learned)
+
+        flaws = seen & flawed_key
+        if causal:
+            before = state.flawed
+            if before.shape[1] != flaws.shape[1]:
+                before = before.repeat_interleave(flaws.shape[1] // before.shape[1], 1)
+            flaws = (flaws.to(torch.int32).cumsum(-1) > 0) | before[..., None]
+        else:
+            flaws = flaws.any(-1, keepdim=True).expand(-1, -1, query.shape[2])
+        poisoned = flaws.repeat_interleave(heads // flaws.shape[1], 1) | (
+            flawed_query & (count > 0)
+        )
+        new = LinearState(
+            walked.state,
+            state.count + number.sum(-1).expand(state.count.shape[0], -1).amax(1),
+            flaws[..., -1] if tokens else state.flawed,
+            state.length + tokens,
+        )
+        return self._poison(out, poisoned), new
+
+    def _key_sums(
+        self, key, nothing, causal: bool, state: LinearState, heads: int
+    ) -> Tensor | None:
+        if not self.needs_key_sums:
+            return None
+        features = self.key_features(key).masked_fill(nothing, 0)
+        if causal:
+            width = features.shape[-1]
+            before = state.sums[..., :width, -1].unsqueeze(-2)  # of the ones
+            sums = before.repeat_interleave(key.shape[1] // before.shape[1], 1) + features.cumsum(
+                -2
+            )
+        else:
+            sums = features.sum(-2, keepdim=True)
+        return sums.repeat_interleave(heads // sums.shape[1], 1)
+
+    def _in_parallel(self, call: _Call) -> Tensor:
+        query, key, value = call.query, call.key, call.value
+        queries, keys = query.shape[2], key.shape[2]
+        visible = replace(call.visible, mask=call.seen)
+        flawed_query, flawed_key = ~_sound(query), ~(_sound(key) & _sound(value))
+        clean_query = query.masked_fill(flawed_query[..., None], 0)
+        nothing = flawed_key[..., None]
+        clean_key, clean_value = key.masked_fill(nothing, 0), value.masked_fill(nothing, 0)
+        one = query.new_ones(query.shape[0], query.shape[1], queries, 1)
+        ones = one.new_ones(one.shape[0], one.shape[1], keys, 1)
+        count = in_parallel(one, ones, ones, visible)[0][..., 0]
+        key_sums = None
+        if self.needs_key_sums:
+            features = self.key_features(clean_key).masked_fill(nothing, 0)
+            key_sums, _ = in_parallel(one, ones[:, : key.shape[1]], features, visible)
+        places = Places(
+            torch.arange(queries, dtype=torch.float64, device=key.device) + visible.offset,
+            torch.arange(keys, dtype=torch.float64, device=key.device),
+            max(keys, queries + visible.offset),
+            count,
+            count if visible.offset == 0 and keys == queries else None,
+            key_sums,
+        )
+        parts = self.separate(
+            clean_query, clean_key, clean_value, places, call.scale, **call.learned
+        )
+        features = parts.key, parts.value
+        if parts.value.shape[1] != parts.key.shape[1]:
+            features = (_heads(x, parts.value.shape[1]) for x in features)
+        key, value = features
+        # what is not finite is seen by the dense walk, which makes its rows NaN
+        key = key.masked_fill(_heads(nothing, key.shape[1]), torch.nan)
+        out, total = in_parallel(
+            parts.query.masked_fill(flawed_query[..., None], torch.nan), key, value, visible,
+            rate=parts.rate, totals=self.totals,
+        )  # fmt: skip
+        poisoned = out.isnan().any(-1)
+        out = out.masked_fill(poisoned[..., None], 0)
+        total = None if total is None else total.masked_fill(poisoned, 0)
+        return self._poison(self.finish(out, total, **call.learned), poisoned)
+
+    def _poison(self, out: Tensor, poisoned: Tensor) -> Tensor:
+        if self.mixes_heads:
+            poisoned = poisoned.any(1, keepdim=True)
+        return out.masked_fill(poisoned[..., None], torch.nan)
+
+
+def divided(out: Tensor, total: Tensor, floor: float = 0) -> Tensor:
+    """Each row by the sum of its weights, at least `floor`; a row of no weight stays 0."""
+    total = total.clamp_min(floor) if floor else total.masked_fill(total == 0, 1)
+    return out / total[..., None]
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _sound(x: Tensor) -> Tensor:
+    return x.isfinite().all(-1)
+
+
+def _four(mask: Tensor) -> Tensor:
+    return mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
