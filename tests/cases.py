@@ -185,12 +185,14 @@ def decode(
     return torch.cat(out, -2)
 
 
-def weights_of(entry: Entry, case: Case, visible: Visible) -> Tensor:
-    """(B, H, T, T). Systems that are no row map show their weights on one-hot values."""
+def weights_of(entry: Entry, case: Case, visible: Visible, columns: int | None = None) -> Tensor:
+    """(B, H, T, T). Systems that are no row map show their weights on one-hot values, which have so
+    many `columns`."""
     if isinstance(entry.system, RowMap):
         return attention_weights(
             case.query, case.key, weights=entry.system, attn_mask=visible, **case.learned
         )
     tokens = case.key.shape[-2]
-    one_hot = torch.eye(tokens, dtype=F64).expand(*case.key.shape[:2], tokens, tokens)
-    return case._replace(value=one_hot).attend(entry, visible)
+    one_hot = torch.eye(tokens, columns or tokens, dtype=F64)
+    one_hot = one_hot.expand(*case.key.shape[:2], *one_hot.shape)
+    return case._replace(value=one_hot).attend(entry, visible)[..., :tokens]

@@ -393,9 +393,10 @@ def law_half_precision(entry: Entry) -> None:
             roundings = 1 if way.body is None else 2
             for got, wanted in zip(halves, exacts, strict=True):
                 assert got.dtype == dtype
-                assert got.isfinite().all()
-                error = (got.to(F64) - wanted).abs().max()
-                assert error <= roundings * 0.51 * ulp * wanted.abs().max(), way
+                fits = wanted.abs() <= torch.finfo(dtype).max  # what does not is inf
+                assert got[fits].isfinite().all()
+                error = (got.to(F64) - wanted)[fits].abs().max()
+                assert error <= roundings * 0.51 * ulp * wanted[fits].abs().max(), way
 
 
 def _spread(entry: Entry, case: Case) -> Tensor:
@@ -583,7 +584,7 @@ def _with_far_keys(entry: Entry, hidden: bool) -> tuple[Tensor, Tensor]:
     )
     weights = weights_of(entry, beside._replace(learned=case.learned), Visible(mask=mask))
     assert weights[..., 9:].abs().max() == 0
-    return weights_of(entry, case, Visible()), weights[..., :9]
+    return weights_of(entry, case, Visible(), columns=39), weights[..., :9]
 
 
 def law_hidden_keys_do_not_count(entry: Entry) -> None:

@@ -150,7 +150,7 @@ def linear(row: Row) -> Tensor:
 
 def cosformer(row: Row) -> Tensor:
     """arXiv 2202.08791, equation 10, with M = 4096 and the authors' floor."""
-    near = torch.cos(math.pi / 2 * row.distance / 4096)
+    near = torch.cos(math.pi / 2 * row.distance.double() / 4096)
     weights = times(row, (torch.relu(row.keys) @ torch.relu(row.query)) * near)
     return weights / max(float(weights.sum()), 1e-6)
 
@@ -162,23 +162,24 @@ def cottention(row: Row) -> Tensor:
 
 
 def cottention_value(row: Row) -> Tensor:
-    """The authors' causal code: v_j / n_j^sigma(m), n_j the keys that token j sees."""
+    """The authors' causal code: v_j / n_j^sigma(m), n_j the keys that token j sees, or
+    1 where it sees none."""
     cosines = row.keys @ row.query / (row.keys.norm(dim=1) * row.query.norm())
-    return times(row, cosines) / row.counts ** torch.sigmoid(row.learned["m"])
+    return times(row, cosines) / row.counts.clamp_min(1) ** torch.sigmoid(row.learned["m"])
 
 
 def transnormer(row: Row) -> Tensor:
     """arXiv 2307.14995: silu(q) . silu(k) exp(-rate |i - j|), the rate of the only layer that
     there is, with the slopes 2^(-8 (h + 1) / H)."""
     rate = 2 ** (-8 * (row.head + 1) / row.heads) * (1 + 1e-5)
-    decay = torch.exp(-rate * row.distance.abs())
+    decay = torch.exp(-rate * row.distance.abs().double())
     return times(row, silu(row.keys) @ silu(row.query)) * decay
 
 
 def transnormer_lrpe(row: Row) -> Tensor:
     """The same, each element turned by theta (i - j)."""
     rate = 2 ** (-8 * (row.head + 1) / row.heads) * (1 + 1e-5)
-    decay = torch.exp(-rate * row.distance.abs())
+    decay = torch.exp(-rate * row.distance.abs().double())
     turned = torch.cos(row.learned["theta"] * row.distance[:, None])
     return times(row, (silu(row.keys) * silu(row.query) * turned).sum(1)) * decay
 

@@ -71,7 +71,9 @@ class Cottention(Separable):
         return Separated(query, key, value / (places.of_keys.clamp_min(1) ** power)[..., None])
 
 
-def _entry(name: str, title: str, scale_side: Literal["row", "value"], formula: str) -> Entry:
+def _entry(
+    name: str, title: str, scale_side: Literal["row", "value"], formula: str, **exceptions: str
+) -> Entry:
     return Entry(
         name=name,
         title=title,
@@ -84,10 +86,16 @@ def _entry(name: str, title: str, scale_side: Literal["row", "value"], formula: 
         normaliser=f"N^σ(m) of the {scale_side}",
         walk="linear",
         laws=Laws(non_negative=False, scale_free=True, length_aware=True),
-        exceptions=EXCEPTIONS,
+        exceptions=EXCEPTIONS | exceptions,
         claim="Behind softmax by its own figures (11.6 against 10.3), in constant memory.",
     )
 
 
 ROW = _entry("cottention", "Cottention", "row", "cos(q, k) / N_i^σ(m)")
-VALUE = _entry("cottention-value", "Cottention (value side)", "value", "cos(q, k) / N_j^σ(m)")
+VALUE = _entry(
+    "cottention-value",
+    "Cottention (value side)",
+    "value",
+    "cos(q, k) / N_j^σ(m)",
+    key_order="a value is divided by what its own token sees, so that a mask has its order",
+)

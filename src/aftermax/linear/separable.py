@@ -46,9 +46,9 @@ class Places:
     tokens: int
     """Tokens up to the last one, those before the call included."""
     count: Tensor
-    """(B|1, H|1, Tq): N_i, the keys that query i sees."""
+    """(B|1, H|1, Tq|1): N_i, the keys that query i sees."""
     of_keys: Tensor | None
-    """(B|1, Hkv|1, Tk): N_j, the keys that token j sees; None where token j asks for nothing."""
+    """(B|1, H|1, Tk|1): N_j, the keys that token j sees; None where token j asks for nothing."""
     key_sums: Tensor | None = None
     """(B, H, Tq, D): sum of the keys that query i sees, for systems that ask for it."""
 
@@ -93,6 +93,8 @@ class Separable:
     needs_key_sums: ClassVar[bool] = False
     """Whether `separate` asks for `Places.key_sums`. The key's features must then be the map of one
     token, `key_features`."""
+    decays: ClassVar[bool] = False
+    """Whether there is a rate."""
     mixes_heads: ClassVar[bool] = False
     """Whether `finish` lets the heads of a token meet."""
 
@@ -264,7 +266,7 @@ class Separable:
 
     def _walks(self, visible: Visible, query: Tensor, key: Tensor) -> bool:
         aligned = visible.offset == 0 and query.shape[-2] == key.shape[-2]
-        return not visible.differs_by_query() and (aligned or not visible.causal)
+        return not visible.differs_by_query() and (aligned or not (visible.causal or self.decays))
 
     def _needs_parallel(self, form: str | None) -> str:
         if form == "parallel":
@@ -296,13 +298,13 @@ class Separable:
         if causal:
             count = held + number.cumsum(-1)
         else:
-            count = (held + number.sum(-1, keepdim=True)).expand(-1, -1, query.shape[2])
+            count = held + number.sum(-1, keepdim=True)
         places = Places(
             torch.arange(query.shape[2], dtype=torch.float64, device=key.device) + state.length,
             torch.arange(tokens, dtype=torch.float64, device=key.device) + state.length,
             state.length + max(tokens, query.shape[2]),
             count.to(query.dtype),
-            count.to(query.dtype) if causal or tokens == query.shape[2] else None,
+            count.to(query.dtype),
             self._key_sums(clean_key, nothing, causal, state, heads),
         )
         parts = self.separate(

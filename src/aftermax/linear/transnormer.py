@@ -97,6 +97,7 @@ class TransNormer(Separable):
     lrpe: bool = False
     layer: int = 0
     layers: int = 1
+    decays: ClassVar[bool] = True
     mixes_heads: ClassVar[bool] = True
 
     def __post_init__(self):
