@@ -164,7 +164,8 @@ class InLineAttention(nn.Module):
                 f"expected {self.leading} + {rows} x {columns} tokens, got {tuple(x.shape)}"
             )
         query, key, value = self._project(x)
-        out = _joined(self.system.attend(*map(self._split, (query, key, value)), Visible()))
+        heads = self._split(query), self._split(key), self._split(value)
+        out = _joined(self.system.attend(*heads, Visible()))
         of_grid = value[:, self.leading :]
         residual = self._on_grid(of_grid, self.to_weights(x.mean(1)[..., None]))
         return self.to_out(out + F.pad(residual, (0, 0, self.leading, 0)))
@@ -185,7 +186,7 @@ class InLineAttention(nn.Module):
     def step(self, x: Tensor, state: InLineState, seen: Tensor | None = None):
         """The next tokens, one or many: (out, new state)."""
         query, key, value = self._project(x)
-        heads = (self._split(part) for part in (query, key, value))
+        heads = self._split(query), self._split(key), self._split(value)
         out, system = self.system.step(*heads, state.system, Visible(causal=True), seen)
         real = x if seen is None else x.masked_fill(~seen[..., None], 0)
         value = value if seen is None else value.masked_fill(~seen[..., None], 0)

@@ -295,10 +295,7 @@ class Separable:
 
         number = seen.to(torch.int64)
         held = state.count[:, None, None]
-        if causal:
-            count = held + number.cumsum(-1)
-        else:
-            count = held + number.sum(-1, keepdim=True)
+        count = held + (number.cumsum(-1) if causal else number.sum(-1, keepdim=True))
         places = Places(
             torch.arange(query.shape[2], dtype=torch.float64, device=key.device) + state.length,
             torch.arange(tokens, dtype=torch.float64, device=key.device) + state.length,
@@ -402,8 +399,9 @@ class Separable:
         return out.masked_fill(poisoned[..., None], torch.nan)
 
 
-def divided(out: Tensor, total: Tensor, floor: float = 0) -> Tensor:
+def divided(out: Tensor, total: Tensor | None, floor: float = 0) -> Tensor:
     """Each row by the sum of its weights, at least `floor`; a row of no weight stays 0."""
+    assert total is not None
     total = total.clamp_min(floor) if floor else total.masked_fill(total == 0, 1)
     return out / total[..., None]
 

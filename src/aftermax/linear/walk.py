@@ -90,7 +90,7 @@ def walk(
     """
     _check(query, key, value, rate, form, impl)
     with no_autocast(query.device):
-        query, key, value = (x.to(_compute(x)) for x in (query, key, value))
+        query, key, value = _widened(query, key, value)
         groups = query.shape[1] // key.shape[1]
         if groups > 1 and rate is not None:  # what decays differently is no longer shared
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
@@ -116,7 +116,6 @@ def why_not_cpu(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     >>> why_not_cpu(x, x, x) is not None
     True
     """
-    return "not yet"
     if kernels.absent() is not None:
         return kernels.absent()
     if query.device.type != "cpu":
@@ -149,7 +148,7 @@ def both_ways(
     tensor([3., 3., 3.])
     """
     with no_autocast(query.device):
-        query, key, value = (x.to(_compute(x)) for x in (query, key, value))
+        query, key, value = _widened(query, key, value)
         groups = query.shape[1] // key.shape[1]
         if rate is None:
             _check(query, key, value, rate, None, impl, same_length=False)
@@ -325,8 +324,8 @@ def _repeated(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, 1)
 
 
-def _compute(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 
 
 def _state(state: Tensor | None, key: Tensor, value: Tensor, totals: bool) -> Tensor:

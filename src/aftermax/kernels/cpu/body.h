@@ -7,6 +7,7 @@
 #include "core.h"
 #include "cross_entropy.h"
 #include "linear_cross_entropy.h"
+#include "linear_walk.h"
 #include "softmax.h"
 
 namespace AM_ISA {
@@ -91,6 +92,8 @@ const am_body_table body = {
     attention,
     attention_backward,
     count_visible,
+    linear_walk,
+    linear_walk_backward,
     multiply_adds,
     multiply_pairs,
 };

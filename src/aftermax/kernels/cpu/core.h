@@ -221,6 +221,28 @@ typedef struct {
   float* grad_row_scale;  // (batch, heads, queries); may be null
 } am_attention_backward;
 
+// ---- the linear family -------------------------------------------------------------------------
+
+// out_i = sum_{j <= i} g^(i - j) (q_i . k_j) v_j, all float32. The state is (batch, kv_heads, width, value_width + totals),
+// contiguous.
+typedef struct {
+  int64_t batch, heads, kv_heads, tokens, width, value_width;
+  int32_t totals;  // 1: as if every value had one more element, 1; its sums go to `total`
+  am_heads query, key, value, out;
+  const float* rate;   // g = e^-rate of each head; may be null. Then heads == kv_heads
+  const float* state;  // before the first token; may be null: zeros
+  float* total;        // (batch, heads, tokens)
+  float* new_state;
+} am_walk;
+
+typedef struct {
+  am_walk forward;  // out, total and new_state are not read
+  am_heads grad;
+  const float *grad_total, *grad_state;  // of total (with totals), of new_state (may be null: zeros)
+  am_heads grad_query, grad_key, grad_value;
+  float* grad_of_state;  // of the state before
+} am_walk_backward;
+
 // Returns 0, or 1 where scratch memory could not be had (then the result is worth nothing).
 typedef struct {
   const char* name;
@@ -239,6 +261,8 @@ typedef struct {
   int (*attention)(const am_attention*, am_parallel);
   int (*attention_backward)(const am_attention_backward*, am_parallel);
   int (*count)(const am_count*, am_parallel);
+  int (*linear_walk)(const am_walk*, am_parallel);
+  int (*linear_walk_backward)(const am_walk_backward*, am_parallel);
   // what the multipliers can do at best, in float32 and in pairs of bfloat16: runs a loop of nothing but products that are
   // added up, and returns their number of operations (0 where there are no such multipliers)
   int64_t (*multiply_adds)(int64_t rounds);

@@ -718,6 +718,94 @@ void count_visible(Value* stack, uint64_t, uint64_t) {
   stack[0] = out.release();
 }
 
+// ---- the linear family -------------------------------------------------------------------------
+
+// (query, key, value, rate, state), rate with 0 elements where there is none.
+struct LinearWalk {
+  LinearWalk(const Value* stack, bool totals)
+      : query(stack[0]), key(stack[1]), value(stack[2]), rate(stack[3]), state(stack[4]) {
+    int32_t floats = torch.aoti_torch_dtype_float32();
+    for (const Tensor* t : {&query, &key, &value, &rate, &state})
+      if (!t->is(floats)) fail("the walk is for float32");
+    memset(&a, 0, sizeof a);
+    a.query = heads_of(query);
+    a.key = heads_of(key);
+    a.value = heads_of(value);
+    a.batch = query.sizes[0];
+    a.heads = query.sizes[1];
+    a.tokens = query.sizes[2];
+    a.width = query.sizes[3];
+    a.kv_heads = key.sizes[1];
+    a.value_width = value.sizes[3];
+    a.totals = totals;
+    if (key.sizes[0] != a.batch || value.sizes[0] != a.batch || value.sizes[1] != a.kv_heads || key.sizes[2] != a.tokens ||
+        value.sizes[2] != a.tokens || key.sizes[3] != a.width || a.kv_heads == 0 || a.heads % a.kv_heads != 0)
+      fail("query, key and value do not fit each other");
+    if (a.width == 0 || a.value_width == 0) fail("heads without a width");
+    if (rate.count > 0 && (rate.count != a.heads || a.heads != a.kv_heads || !rate.contiguous()))
+      fail("there must be one rate for each head, and as many heads of keys");
+    a.rate = rate.count > 0 ? (const float*)rate.data : nullptr;
+    if (!is_state(state)) fail("the state must be contiguous (B, Hkv, D, Dv)");
+    a.state = (const float*)state.data;
+  }
+  bool is_state(const Tensor& t) const {
+    return t.dim == 4 && t.sizes[0] == a.batch && t.sizes[1] == a.kv_heads && t.sizes[2] == a.width &&
+           t.sizes[3] == a.value_width + a.totals && t.contiguous() && t.is(torch.aoti_torch_dtype_float32());
+  }
+
+  Tensor query, key, value, rate, state;
+  am_walk a;
+};
+
+// (query, key, value, rate, state, totals) -> out, total, new state
+void linear_walk(Value* stack, uint64_t, uint64_t) {
+  LinearWalk walk(stack, truth(stack[5]));
+  am_walk& a = walk.a;
+  const int64_t sizes[] = {a.batch, a.heads, a.tokens, a.value_width}, total_sizes[] = {a.batch, a.heads, a.tokens};
+  const int64_t none = 0;
+  Tensor out = empty_heads(walk.query, sizes);
+  Tensor total = a.totals ? empty(3, total_sizes, walk.query.dtype) : empty(1, &none, walk.query.dtype);
+  Tensor state = empty_like(walk.state);
+  a.out = heads_of(out);
+  a.total = (float*)total.data;
+  a.new_state = (float*)state.data;
+  ran(am_body()->linear_walk(&a, threads()));
+  stack[0] = out.release();
+  stack[1] = total.release();
+  stack[2] = state.release();
+}
+
+// (grad, grad of total, grad of new state, query, key, value, rate, state, totals) -> grads of query, key, value, state
+void linear_walk_backward(Value* stack, uint64_t, uint64_t) {
+  Tensor grad(stack[0]), of_total(stack[1]), of_new_state(stack[2]);
+  LinearWalk walk(stack + 3, truth(stack[8]));
+  const am_walk& a = walk.a;
+  int32_t floats = torch.aoti_torch_dtype_float32();
+  if (grad.dim != 4 || grad.sizes[0] != a.batch || grad.sizes[1] != a.heads || grad.sizes[2] != a.tokens ||
+      grad.sizes[3] != a.value_width || !grad.is(floats))
+    fail("grad does not fit the result");
+  if (a.totals && (of_total.count != a.batch * a.heads * a.tokens || !of_total.contiguous() || !of_total.is(floats)))
+    fail("the gradient of the totals does not fit");
+  if (of_new_state.count > 0 && !walk.is_state(of_new_state)) fail("the gradient of the state does not fit");
+  Tensor of_query = empty_heads(walk.query, walk.query.sizes), of_key = empty_heads(walk.key, walk.key.sizes);
+  Tensor of_value = empty_heads(walk.value, walk.value.sizes), of_state = empty_like(walk.state);
+  am_walk_backward b;
+  memset(&b, 0, sizeof b);
+  b.forward = a;
+  b.grad = heads_of(grad);
+  b.grad_total = (const float*)of_total.data;
+  b.grad_state = of_new_state.count > 0 ? (const float*)of_new_state.data : nullptr;
+  b.grad_query = heads_of(of_query);
+  b.grad_key = heads_of(of_key);
+  b.grad_value = heads_of(of_value);
+  b.grad_of_state = (float*)of_state.data;
+  ran(am_body()->linear_walk_backward(&b, threads()));
+  stack[0] = of_query.release();
+  stack[1] = of_key.release();
+  stack[2] = of_value.release();
+  stack[3] = of_state.release();
+}
+
 struct Op {
   const char* name;
   Boxed run;
@@ -740,6 +828,8 @@ const Op ops[] = {
     {"attention_forward", attention<false>},
     {"attention_backward", attention_backward},
     {"count_visible", count_visible},
+    {"linear_walk", linear_walk},
+    {"linear_walk_backward", linear_walk_backward},
 };
 
 #if defined(__APPLE__)
