@@ -1,6 +1,7 @@
 """The command line: what it says, what it refuses in a line, and options that parse back."""
 
 import dataclasses
+import re
 import shlex
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def refused(run, *arguments) -> str:
 def test_help_names_the_commands(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("compare", "report", "export", "catalogue"):
+    for command in ("compare", "report", "export", "import", "catalogue"):
         assert command in out
 
 
@@ -166,6 +167,22 @@ def test_export_and_report_of_what_was_exported(run, comparison, tmp_path):
     assert code == 0
     assert "report: new/page.html" in said
     assert Path("new/page.html").read_text() == (out / "report.html").read_text()
+
+
+def test_import_of_what_was_exported(run, comparison):
+    out, _ = comparison
+    run("export", "--out", out, "--to", "rows.parquet")
+    code, said, _ = run("import", "rows.parquet", "--out", "new")
+    assert code == 0
+    assert re.fullmatch(r"work \w+ \(\w+ .*\) in new: \d\d runs done\n", said)
+    code, _, _ = run("export", "--out", "new", "--to", "again.parquet")
+    assert code == 0
+    assert Results.of_parquet(Path("rows.parquet")) == Results.of_parquet(Path("again.parquet"))
+
+
+def test_import_of_no_such_file_makes_no_store(run, tmp_path):
+    assert "nowhere: there is no such file" in refused(run, "import", "nowhere")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_report_of_a_store(run, comparison):

@@ -83,6 +83,32 @@ def export(out: Out = OUT, work: str | None = None, to: Path = Path("aftermax.pa
     Console().print(f"{count} rows in {to}", highlight=False)
 
 
+def import_(file: Annotated[Path, tyro.conf.Positional], out: Out = OUT) -> None:
+    """Put what `aftermax export` wrote into a store: compare goes on from there.
+
+    Runs keep their ids, so a comparison that asks for the same runs finds them done and trains only
+    what is missing.
+
+    Args:
+        file: the Parquet file.
+    """
+    from aftermax.lab.imports import import_into, read_export
+    from aftermax.lab.store import Store
+
+    read_export(file)  # what is wrong with it is said before there is a store
+    with Store(out / "store.sqlite") as store:
+        taken = import_into(store, file)
+    said = [f"work {taken.work} ({taken.preset}) in {out}: {taken.done} runs done"]
+    if taken.incomplete:
+        said.append(f"{taken.incomplete} not complete, to be trained")
+    if taken.foreign:
+        said.append(
+            f"{taken.foreign} made by another version of aftermax or torch, which compare trains "
+            "again beside them"
+        )
+    Console().print("; ".join(said), highlight=False, soft_wrap=True)
+
+
 def catalogue() -> None:
     """Print the table of systems; a wide terminal shows the five words of each as well."""
     console = Console()
@@ -140,7 +166,13 @@ def _show(out: Path, work: str, console: Console) -> None:
 
 def main() -> None:
     """The entry point: errors that a user can mend are one line, not a trace."""
-    commands = {"compare": compare, "report": report, "export": export, "catalogue": catalogue}
+    commands = {
+        "compare": compare,
+        "report": report,
+        "export": export,
+        "import": import_,
+        "catalogue": catalogue,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from aftermax.lab.imports import read_export
 from aftermax.lab.store import Store
-from aftermax.lab.work import Arm, Work, arm
+from aftermax.lab.work import Arm, Work, arm, work_of
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t at 97.5% for 1 to 10 degrees of freedom, the half-width of a 95% interval."""
@@ -58,19 +58,11 @@ class Results:
     @classmethod
     def of_parquet(cls, path: Path) -> Results:
         """From a file that `aftermax export` wrote."""
-        import pyarrow.parquet as pq
-
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: there is no such file")
-        table = pq.read_table(path)
-        about = (table.schema.metadata or {}).get(b"aftermax")
-        if about is None:
-            raise ValueError(f"{path} is not a file of `aftermax export`")
-        return cls._of(json.loads(about), table.to_pylist())
+        return cls._of(*read_export(path))
 
     @classmethod
     def _of(cls, about: dict, records: list[dict]) -> Results:
-        work = _work(about["settings"])
+        work = work_of(about["settings"])
         values: dict = defaultdict(dict)
         curves: dict = defaultdict(lambda: defaultdict(list))
         rates, tuning = {}, defaultdict(dict)
@@ -198,13 +190,3 @@ def _compared(told: tuple[float, float]) -> str:
     if abs(mean) <= half:
         return f"not told apart {numbers} from"
     return f"{'lower' if mean < 0 else 'higher'} loss {numbers} than"
-
-
-def _work(settings: dict) -> Work:
-    """A Work from its JSON: lists were tuples."""
-    fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
-    }
-    if fields["data"] is not None:
-        fields["data"] = Path(fields["data"])
-    return Work(**fields)

@@ -8,7 +8,7 @@ import sqlite3
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SCHEMA = """
@@ -30,6 +30,12 @@ create table if not exists progress (
     run text primary key, step integer, steps integer, loss real, note text, updated real
 );
 """
+
+
+COLUMNS = (
+    "run", "kind", "system", "seed", "learning_rate", "step", "length", "measure", "value",
+)  # fmt: skip
+"""Of an exported table."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,18 @@ class Store:
             (time.time(), run),
         )
 
-    def write(self, run: str, rows: Iterable[Row], done: bool = False) -> None:
-        """All rows or none; with `done` the run is finished in the same transaction."""
+    def write(
+        self, run: str, rows: Iterable[Row], done: bool = False, instead: bool = False
+    ) -> None:
+        """All rows or none; with `done` the run is finished in the same transaction.
+
+        Args:
+            instead: of all the rows that the run has so far.
+        """
         values = [(run, r.step, r.length, r.measure, r.value) for r in rows]
         with self.transaction():
+            if instead:
+                self.connection.execute("delete from rows where run = ?", (run,))
             self.connection.executemany(
                 "insert or replace into rows values (?, ?, ?, ?, ?)", values
             )
@@ -172,16 +186,14 @@ class Store:
         import pyarrow.parquet as pq
 
         records = [
-            {k: run[k] for k in ("id", "kind", "system", "seed", "learning_rate")}
-            | {"step": row.step, "length": row.length, "measure": row.measure, "value": row.value}
+            {"run": run["id"], **run, **asdict(row)}
             for run in self.runs(work)
             for row in self.rows(run["id"])
         ]
         if not records:
             raise ValueError(f"work {work} has no rows yet")
-        table = pa.Table.from_pylist(records).rename_columns(
-            ["run" if name == "id" else name for name in records[0]]
-        )
+        kept = [{name: record[name] for name in COLUMNS} for record in records]
+        table = pa.Table.from_pylist(kept)
         about = {b"aftermax": json.dumps(self.work(work)).encode()}
         scratch = path.with_name(path.name + ".part")
         pq.write_table(table.replace_schema_metadata(about), scratch)

@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -121,6 +121,19 @@ class Work:
         """All fields as JSON can hold them."""
         fields = dataclasses.asdict(self)
         return fields | {"data": None if self.data is None else str(self.data)}
+
+
+def work_of(settings: dict) -> Work:
+    """The work that these `settings()` are of, from JSON: lists were tuples."""
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
+    }
+    if fields["data"] is not None:
+        fields["data"] = Path(fields["data"])
+    try:
+        return Work(**fields)
+    except TypeError as error:  # a field that is no longer, or not yet
+        raise ValueError(f"these are settings of another version of aftermax: {error}") from None
 
 
 @dataclass(frozen=True)
