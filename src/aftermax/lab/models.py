@@ -58,11 +58,11 @@ class DecoderLM(nn.Module):
         self.embed = nn.Embedding(vocabulary, work.width)
         options = {"hybrid_norm": arm.hybrid_norm, "layer_scale": arm.layer_scale}
         self.blocks = nn.ModuleList()
-        for _ in range(work.layers):
+        for layer in range(work.layers):
             attend = Attention(
                 work.width,
                 work.heads,
-                weights=arm.entry.system,
+                weights=arm.system_of(layer, work.layers, work.lengths[-1]),
                 kv_heads=work.kv_heads,
                 positions=arm.place(work.context),
                 qk_norm=arm.qk_norm,

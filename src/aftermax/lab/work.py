@@ -42,7 +42,7 @@ class Work:
     kv_heads: int | None = None
     """Key and value heads, a divisor of heads; by default as many as heads."""
     positions: Literal["rope", "p-rope", "alibi", "none"] = "rope"
-    """Position encoding of the systems that name none themselves."""
+    """Position encoding of the systems that name none themselves and have none of their own."""
     qk_norm: bool = True
     """RMSNorm on queries and keys of the dot-product systems (bare turns it off for one)."""
     hybrid_norm: bool = False
@@ -151,6 +151,13 @@ class Arm:
         """The position encoding; partial RoPE keeps what training at this length shows whole."""
         return RoPE.for_length(context) if self.positions == "p-rope" else POSITIONS[self.positions]
 
+    def system_of(self, layer: int, layers: int, longest: int) -> Any:
+        """The system as it stands in a layer, counted from 0, of a model that never reads more than
+        `longest` tokens: some formulas ask."""
+        system = self.entry.system
+        placed = getattr(system, "placed", None)
+        return system if placed is None else placed(layer, layers, longest)
+
     @property
     def title(self) -> str:
         """Without what the entry's title already says, with what differs from the usual."""
@@ -168,6 +175,8 @@ def arm(name: str, work: Work) -> Arm:
     """
     system, *traits = name.split("/")
     entry = find(system)
+    if not entry.causal:
+        raise ValueError(f"{entry.name} has no causal form, which a language model needs")
     known = (*POSITIONS, "bare", "hybrid", "layerscale")
     if unknown := [t for t in traits if t not in known]:
         raise ValueError(f"{name}: no trait {', '.join(unknown)}; there are {', '.join(known)}")
@@ -177,7 +186,7 @@ def arm(name: str, work: Work) -> Arm:
     return Arm(
         name=name,
         entry=entry,
-        positions=places[0] if places else work.positions,
+        positions=places[0] if places else entry.positions or work.positions,
         # the cosine systems normalise by themselves
         qk_norm=work.qk_norm and "bare" not in traits and not entry.laws.scale_free,
         hybrid_norm=work.hybrid_norm or "hybrid" in traits,
@@ -245,6 +254,13 @@ STANDARD_SYSTEMS = (
     "lssar/p-rope",
     "lssar-log",
     "sigmoid/hybrid",
+    "linear",
+    "cosformer",
+    "cottention",
+    "transnormer",
+    "transnormer-lrpe",
+    "inline",
+    "normalised",
 )
 
 PRESETS = {

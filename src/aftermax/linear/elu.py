@@ -70,4 +70,5 @@ ENTRY = Entry(
     laws=Laws(rows_sum_to_one=True, rows_at_most_one=True),
     exceptions=EXCEPTIONS,
     claim="None about length; the baseline of the linear family.",
+    positions="none",
 )
