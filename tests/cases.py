@@ -149,15 +149,25 @@ def biased_views(batch: int, heads: int, tokens: int) -> dict[str, View]:
 
 
 @contextlib.contextmanager
-def blocks_of(scores: int) -> Iterator[None]:
-    """The dense walk in blocks of this many scores, so that small tensors need several."""
-    # by its full name: the package has a function `attention` where the module would stand
-    module = importlib.import_module("aftermax.blocks")
-    before, module.BLOCK_SCORES = module.BLOCK_SCORES, scores
+def _set(module: str, name: str, number: int) -> Iterator[None]:
+    # by its full name: a package may have a function where the module would stand
+    holder = importlib.import_module(module)
+    before = getattr(holder, name)
+    setattr(holder, name, number)
     try:
         yield
     finally:
-        module.BLOCK_SCORES = before
+        setattr(holder, name, before)
+
+
+def blocks_of(scores: int) -> contextlib.AbstractContextManager[None]:
+    """The dense walk in blocks of this many scores, so that small tensors need several."""
+    return _set("aftermax.blocks", "BLOCK_SCORES", scores)
+
+
+def chunks_of(tokens: int) -> contextlib.AbstractContextManager[None]:
+    """The linear walk in chunks of so many tokens."""
+    return _set("aftermax.linear.walk", "CHUNK", tokens)
 
 
 def gradients(out: Tensor, case: Case) -> tuple[Tensor, ...]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from aftermax import Entry, RowMap, Visible
+from aftermax.linear import Separable
 
 from .attention_cases import assert_right
 from .cases import (
@@ -32,6 +33,7 @@ from .cases import (
     biased_views,
     blocks_of,
     case_of,
+    chunks_of,
     decode,
     distances,
     gradients,
@@ -39,6 +41,7 @@ from .cases import (
     plain_views,
     weights_of,
 )
+from .linear_cases import assert_right as assert_linear
 from .naive import NAIVE
 from .native import bodies, rounded_weights, running
 
@@ -262,20 +265,26 @@ def law_cached_padding(entry: Entry) -> None:
 
 
 def law_walks(entry: Entry) -> None:
-    """7. One sum, however it is walked: whole, in blocks of any size and token by token give the
-    same outputs and the same gradients."""
+    """7. One sum, however it is walked: whole, in blocks and chunks of any size, in every form and
+    token by token give the same outputs and the same gradients."""
     case = case_of(entry, kv_heads=2).wanting_gradients()
     whole = case.attend(entry, natural(entry), enable_gqa=True)
     expected = gradients(whole, case)
-    for scores in (1, 150, 400):
-        with blocks_of(scores):
-            out = case.attend(entry, natural(entry), enable_gqa=True)
-            assert_close(out, whole, **EXACT)
-            assert_close(gradients(out, case), expected, **EXACT)
-    if entry.causal:
-        out = decode(entry, case, Visible(causal=True), list(range(1, 9)))
+
+    def same(out: Tensor) -> None:
         assert_close(out, whole, **EXACT)
         assert_close(gradients(out, case), expected, **EXACT)
+
+    for scores in (1, 150, 400):
+        with blocks_of(scores):
+            same(case.attend(entry, natural(entry), enable_gqa=True))
+    if isinstance(entry.system, Separable):
+        for form in ("parallel", "recurrent", "chunked"):
+            for tokens in (1, 4, 9, 64):
+                with chunks_of(tokens):
+                    same(case.attend(entry, natural(entry), enable_gqa=True, form=form))
+    if entry.causal:
+        same(decode(entry, case, Visible(causal=True), list(range(1, 9))))
 
 
 def law_batch_mates(entry: Entry) -> None:
@@ -349,7 +358,7 @@ class Way:
 
 def ways(entry: Entry) -> list[Way]:
     """All that there are here. A system that is no row map has but its own."""
-    if not isinstance(entry.system, RowMap):
+    if not isinstance(entry.system, RowMap | Separable):
         return [Way({})]
     return [Way({"impl": "reference"}), *(Way({"impl": "cpu"}, name) for name in bodies())]
 
@@ -390,7 +399,7 @@ def law_half_precision(entry: Entry) -> None:
                     allowed = allowed + rounded_weights(dtype, spread)
             assert out.dtype == dtype
             assert ((out.to(F64) - expected).abs() <= allowed).all(), way
-            roundings = 1 if way.body is None else 2
+            roundings = 2 if way.body and isinstance(entry.system, RowMap) else 1
             for got, wanted in zip(halves, exacts, strict=True):
                 assert got.dtype == dtype
                 fits = wanted.abs() <= torch.finfo(dtype).max  # what does not is inf
@@ -460,9 +469,10 @@ def law_exports(entry: Entry) -> None:
 def law_kernel_equals_reference(entry: Entry) -> None:
     """14. The kernels, on every body that runs here, give in float32 what the reference gives in
     float64, outputs and the gradients of everything, to the rounding of float32 that
-    attention_cases.py derives: over several tiles, grouped heads, windows, masks and caches."""
-    if not bodies() or not isinstance(entry.system, RowMap):
-        pytest.skip(f"no kernels for {entry.name} here")
+    attention_cases.py and linear_cases.py derive: over several tiles, grouped heads, windows, masks
+    and caches."""
+    if not bodies():
+        pytest.skip("no kernels here")
     padding = torch.ones(2, 1, 1, 150, dtype=torch.bool)
     padding[0, ..., -70:] = padding[1, ..., :3] = False
     views = {
@@ -470,12 +480,18 @@ def law_kernel_equals_reference(entry: Entry) -> None:
         (5, 150): (Visible(causal=True, offset=145, mask=padding),),
         (67, 33): (Visible(slopes=torch.linspace(0.01, 0.2, 4)),),
     }
+    check = assert_right
+    if isinstance(entry.system, Separable):
+        views = {(150, 150): (Visible(), Visible(causal=True), Visible(causal=True, mask=padding))}
+        check = assert_linear
+    elif not isinstance(entry.system, RowMap):
+        pytest.skip(f"{entry.name} has no kernels")
     for (queries, keys), visibles in views.items():
         case = case_of(entry, kv_heads=2, tokens=max(queries, keys), width=24, value_width=17)
         query, key, value = case.query[:, :, :queries], case.key[:, :, :keys], case.value
         case = case._replace(query=query, key=key, value=value[:, :, :keys]).to(torch.float32)
         for visible in visibles:
-            assert_right(entry, case, visible, bodies())
+            check(entry, case, visible, bodies())
 
 
 # 10. what an entry declares of its weights
