@@ -17,6 +17,7 @@ from aftermax import kernels
 from aftermax.blocks import no_autocast
 from aftermax.call import check_inputs, complete
 from aftermax.linear.walk import both_ways, in_parallel, walk, why_not_cpu
+from aftermax.reference import transformed
 from aftermax.visible import Visible
 
 
@@ -279,119 +280,96 @@ class Separable:
         return self.init_state(batch, kv_heads, width, call.value.shape[-1], **factory)
 
     def _walk(self, call: _Call, state: LinearState) -> tuple[Tensor, LinearState]:
-        query, key, value, seen = call.query, call.key, call.value, call.seen
-        causal = call.visible.causal
-        heads, kv_heads, tokens = query.shape[1], key.shape[1], key.shape[2]
-        if seen is None:
-            seen = torch.ones(1, 1, tokens, dtype=torch.bool, device=key.device)
-        else:
-            seen = _four(seen)[:, :, 0].expand(-1, -1, tokens)  # (B|1, H|1, T)
-        if seen.shape[1] > 1 and heads != kv_heads:  # hidden from some heads of a group
-            key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
-        flawed_query, flawed_key = ~_sound(query), ~(_sound(key) & _sound(value))
-        clean_query = query.masked_fill(flawed_query[..., None], 0)
-        nothing = (~seen | flawed_key)[..., None]
-        clean_key, clean_value = key.masked_fill(nothing, 0), value.masked_fill(nothing, 0)
-
-        number = seen.to(torch.int64)
+        """In O(T): every query sees the same keys, but for causality."""
+        causal, heads = call.visible.causal, call.query.shape[1]
+        queries, tokens = call.query.shape[2], call.key.shape[2]
+        clean = _Clean.of_walk(call)
+        number = clean.seen.to(torch.int64)
         held = state.count[:, None, None]
         count = held + (number.cumsum(-1) if causal else number.sum(-1, keepdim=True))
         places = Places(
-            torch.arange(query.shape[2], dtype=torch.float64, device=key.device) + state.length,
-            torch.arange(tokens, dtype=torch.float64, device=key.device) + state.length,
-            state.length + max(tokens, query.shape[2]),
-            count.to(query.dtype),
-            count.to(query.dtype),
-            self._key_sums(clean_key, nothing, causal, state, heads),
+            _positions(state.length, queries, call.key),
+            _positions(state.length, tokens, call.key),
+            state.length + max(tokens, queries),
+            count.to(call.query.dtype),
+            count.to(call.query.dtype),
+            self._key_sums(clean, causal, state, heads) if self.needs_key_sums else None,
         )
-        parts = self.separate(
-            clean_query, clean_key, clean_value, places, call.scale, **call.learned
-        )
-        # features may be something even of nothing
-        keys = parts.key.masked_fill(_heads(nothing, parts.key.shape[1]), 0)
+        parts = self._separated(call, clean, places)
         options: dict[str, Any] = {"rate": parts.rate, "totals": self.totals, "impl": call.impl}
         if causal:
             options |= {"state": state.sums, "form": call.form}
-            walked = walk(parts.query, keys, parts.value, **options)
-        else:
-            walked = both_ways(parts.query, keys, parts.value, **options)
-        out = self.finish(walked.out, walked.total, **call.learned)
+        summed = (walk if causal else both_ways)(parts.query, parts.key, parts.value, **options)
+        out = self.finish(summed.out, summed.total, **call.learned)
 
-        flaws = seen & flawed_key
+        flaws = clean.seen & clean.flawed_key
         if causal:
-            before = state.flawed
-            if before.shape[1] != flaws.shape[1]:
-                before = before.repeat_interleave(flaws.shape[1] // before.shape[1], 1)
-            flaws = (flaws.to(torch.int32).cumsum(-1) > 0) | before[..., None]
+            flaws = (flaws.to(torch.int32).cumsum(-1) > 0) | _heads(state.flawed, flaws)[..., None]
         else:
-            flaws = flaws.any(-1, keepdim=True).expand(-1, -1, query.shape[2])
-        poisoned = flaws.repeat_interleave(heads // flaws.shape[1], 1) | (
-            flawed_query & (count > 0)
-        )
+            flaws = flaws.any(-1, keepdim=True)
+        poisoned = _heads(flaws, call.query) | (clean.flawed_query & (count > 0))
         new = LinearState(
-            walked.state,
+            summed.state,
             state.count + number.sum(-1).expand(state.count.shape[0], -1).amax(1),
             flaws[..., -1] if tokens else state.flawed,
             state.length + tokens,
         )
         return self._poison(out, poisoned), new
 
-    def _key_sums(
-        self, key, nothing, causal: bool, state: LinearState, heads: int
-    ) -> Tensor | None:
-        if not self.needs_key_sums:
-            return None
-        features = self.key_features(key).masked_fill(nothing, 0)
-        if causal:
-            width = features.shape[-1]
-            before = state.sums[..., :width, -1].unsqueeze(-2)  # of the ones
-            sums = before.repeat_interleave(key.shape[1] // before.shape[1], 1) + features.cumsum(
-                -2
-            )
-        else:
-            sums = features.sum(-2, keepdim=True)
-        return sums.repeat_interleave(heads // sums.shape[1], 1)
-
     def _in_parallel(self, call: _Call) -> Tensor:
-        query, key, value = call.query, call.key, call.value
+        """In O(T^2), whatever is visible: the dense walk sums the same weights."""
+        query, key = call.query, call.key
         queries, keys = query.shape[2], key.shape[2]
         visible = replace(call.visible, mask=call.seen)
-        flawed_query, flawed_key = ~_sound(query), ~(_sound(key) & _sound(value))
-        clean_query = query.masked_fill(flawed_query[..., None], 0)
-        nothing = flawed_key[..., None]
-        clean_key, clean_value = key.masked_fill(nothing, 0), value.masked_fill(nothing, 0)
-        one = query.new_ones(query.shape[0], query.shape[1], queries, 1)
-        ones = one.new_ones(one.shape[0], one.shape[1], keys, 1)
+        clean = _Clean.of(query, key, call.value, torch.ones((), dtype=torch.bool))
+        one = query.new_ones(*query.shape[:3], 1)
+        ones = query.new_ones(*query.shape[:2], keys, 1)
         count = in_parallel(one, ones, ones, visible)[0][..., 0]
         key_sums = None
         if self.needs_key_sums:
-            features = self.key_features(clean_key).masked_fill(nothing, 0)
+            features = _filled(self.key_features(clean.key), clean.nothing)
             key_sums, _ = in_parallel(one, ones[:, : key.shape[1]], features, visible)
         places = Places(
-            torch.arange(queries, dtype=torch.float64, device=key.device) + visible.offset,
-            torch.arange(keys, dtype=torch.float64, device=key.device),
+            _positions(visible.offset, queries, key),
+            _positions(0, keys, key),
             max(keys, queries + visible.offset),
             count,
             count if visible.offset == 0 and keys == queries else None,
             key_sums,
         )
-        parts = self.separate(
-            clean_query, clean_key, clean_value, places, call.scale, **call.learned
-        )
-        features = parts.key, parts.value
-        if parts.value.shape[1] != parts.key.shape[1]:
-            features = (_heads(x, parts.value.shape[1]) for x in features)
-        key, value = features
         # what is not finite is seen by the dense walk, which makes its rows NaN
-        key = key.masked_fill(_heads(nothing, key.shape[1]), torch.nan)
+        parts = self._separated(call, clean, places, nothing=torch.nan)
         out, total = in_parallel(
-            parts.query.masked_fill(flawed_query[..., None], torch.nan), key, value, visible,
-            rate=parts.rate, totals=self.totals,
-        )  # fmt: skip
+            _filled(parts.query, clean.flawed_query, torch.nan),
+            _heads(parts.key, parts.value),
+            parts.value,
+            visible,
+            rate=parts.rate,
+            totals=self.totals,
+        )
         poisoned = out.isnan().any(-1)
         out = out.masked_fill(poisoned[..., None], 0)
         total = None if total is None else total.masked_fill(poisoned, 0)
         return self._poison(self.finish(out, total, **call.learned), poisoned)
+
+    def _separated(
+        self, call: _Call, clean: _Clean, places: Places, nothing: float = 0
+    ) -> Separated:
+        """The two sides, with `nothing` for the features of keys that are none."""
+        parts = self.separate(
+            clean.query, clean.key, clean.value, places, call.scale, **call.learned
+        )
+        # of a key that is 0 they may be something
+        return replace(parts, key=_filled(parts.key, _heads(clean.nothing, parts.key), nothing))
+
+    def _key_sums(self, clean: _Clean, causal: bool, state: LinearState, heads: int) -> Tensor:
+        features = _filled(self.key_features(clean.key), clean.nothing)
+        if causal:
+            before = state.sums[..., : features.shape[-1], -1].unsqueeze(-2)  # of the ones
+            sums = _heads(before, features) + features.cumsum(-2)
+        else:
+            sums = features.sum(-2, keepdim=True)
+        return sums.repeat_interleave(heads // sums.shape[1], 1)
 
     def _poison(self, out: Tensor, poisoned: Tensor) -> Tensor:
         if self.mixes_heads:
@@ -406,13 +384,62 @@ def divided(out: Tensor, total: Tensor | None, floor: float = 0) -> Tensor:
     return out / total[..., None]
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+@dataclass(frozen=True)
+class _Clean:
+    """A call without what is hidden or not finite: zeros stand there."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    seen: Tensor  # bool (B|1, H|1, T)
+    nothing: Tensor  # bool (B, Hkv, T), the keys that are hidden or not finite
+    flawed_query: Tensor  # bool (B, H, Tq)
+    flawed_key: Tensor  # bool (B, Hkv, T)
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> _Clean:
+        flawed_query, flawed_key = ~_sound(query), ~(_sound(key) & _sound(value))
+        nothing = ~seen.to(key.device) | flawed_key
+        return cls(
+            _filled(query, flawed_query),
+            _filled(key, nothing),
+            _filled(value, nothing),
+            seen,
+            nothing,
+            flawed_query,
+            flawed_key,
+        )
+
+    @classmethod
+    def of_walk(cls, call: _Call) -> _Clean:
+        key, value, tokens = call.key, call.value, call.key.shape[2]
+        if call.seen is None:
+            seen = torch.ones(1, 1, tokens, dtype=torch.bool, device=key.device)
+        else:
+            mask = call.seen.reshape((1,) * (4 - call.seen.ndim) + tuple(call.seen.shape))
+            seen = mask[:, :, 0].expand(-1, -1, tokens)
+        if seen.shape[1] > 1:  # what is hidden from some heads of a group is no longer shared
+            key, value = _heads(key, call.query), _heads(value, call.query)
+        return cls.of(call.query, key, value, seen)
 
 
+def _filled(x: Tensor, where: Tensor, by: float = 0) -> Tensor:
+    """x (B, H, T, D) with `by` in the rows of `where` (B, H, T); x itself if there are none."""
+    tracing = torch.compiler.is_compiling() or transformed()
+    return x.masked_fill(where[..., None], by) if tracing or where.any() else x
+
+
+def _heads(x: Tensor, like: Tensor) -> Tensor:
+    """x with as many heads as `like`, each head for its group."""
+    heads, wanted = x.shape[1], like.shape[1]
+    return x if heads == wanted else x.repeat_interleave(wanted // heads, 1)
+
+
+@torch.no_grad()
 def _sound(x: Tensor) -> Tensor:
-    return x.isfinite().all(-1)
+    """bool (B, H, T): the rows that are finite."""
+    return torch.linalg.vector_norm(x, torch.inf, -1).isfinite()
 
 
-def _four(mask: Tensor) -> Tensor:
-    return mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+def _positions(first: int, tokens: int, like: Tensor) -> Tensor:
+    return torch.arange(tokens, dtype=torch.float64, device=like.device) + first

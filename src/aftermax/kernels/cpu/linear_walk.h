@@ -39,18 +39,22 @@ struct Walk {
   static const float* row_of(const am_heads& from, int64_t batch, int64_t head, int64_t row) {
     return (const float*)from.data + batch * from.step[0] + head * from.step[1] + row * from.step[2];
   }
-  // Rows [first, first + many) of a head, `room` floats apart, zeros beyond them.
+  // Rows [first, first + many) of a head, `room` floats apart, zeros beyond them. The rows that are `ahead` of them are
+  // asked for, so that memory works while the products are made.
   static void take(const am_heads& from, int64_t batch, int64_t head, int64_t first, int64_t many, int64_t width, int64_t room,
-                   float* to) {
+                   float* to, int64_t ahead) {
     for (int64_t r = 0; r < many; ++r, to += room) {
       int64_t end = up_to(width, W);
-      each_vector(row_of(from, batch, head, first + r), 0, width, 0, [&](F v, int, int64_t i) { store(to + i, v); });
+      const float* x = row_of(from, batch, head, first + r);
+      const char* next = (const char*)((uintptr_t)x + (uintptr_t)(ahead * from.step[2]) * 4);
+      for (int64_t i = 0; i < width; i += 16) prefetch_l2(next + 4 * i);
+      each_vector(x, 0, width, 0, [&](F v, int, int64_t i) { store(to + i, v); });
       memset(to + end, 0, (size_t)(room - end) * 4);
     }
     memset(to, 0, (size_t)((CHUNK - many) * room) * 4);
   }
-  void take_values(int64_t first, int64_t many, float* to) const {
-    take(a.value, batch, kv, first, many, a.value_width, wide, to);
+  void take_values(int64_t first, int64_t many, float* to, int64_t ahead) const {
+    take(a.value, batch, kv, first, many, a.value_width, wide, to, ahead);
     for (int64_t r = 0; a.totals && r < many; ++r) to[r * wide + a.value_width] = 1;
   }
   static void give(const am_heads& to, int64_t batch, int64_t head, int64_t first, int64_t many, int64_t width, int64_t room,
@@ -158,12 +162,12 @@ static void walk_task(const am_walk& a, int64_t task, float* memory) {
   w.take_state(a.state, room.state);
   for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
     int64_t first = chunk * CHUNK, many = least(CHUNK, a.tokens - first);
-    Walk::take(a.key, w.batch, w.kv, first, many, a.width, w.deep, room.key);
-    w.take_values(first, many, room.value);
+    Walk::take(a.key, w.batch, w.kv, first, many, a.width, w.deep, room.key, CHUNK);
+    w.take_values(first, many, room.value, CHUNK);
     pack_transposed(room.key, w.deep, CHUNK, CHUNK, a.width, room.keys_across);
     for (int64_t g = 0; g < w.group; ++g) {
       int64_t head = w.head(g);
-      Walk::take(a.query, w.batch, head, first, many, a.width, w.deep, room.query);
+      Walk::take(a.query, w.batch, head, first, many, a.width, w.deep, room.query, CHUNK);
       const float* into = room.query;
       if (a.rate) Walk::scaled(room.query, room.up + 1, w.deep, room.query_into), into = room.query_into;
       w.scores(room.query, w.deep, room.keys_across, a.width, room.down, room.scores);
@@ -190,8 +194,8 @@ static void walk_backward_task(const am_walk_backward& b, int64_t task, float* m
   WalkRoom room(w, memory);
   memset(room.down, 0, (size_t)(2 * CHUNK + W) * 4);
   w.powers(room.up, room.down);
-  auto take_grad = [&](int64_t head, int64_t first, int64_t many) {
-    Walk::take(b.grad, w.batch, head, first, many, a.value_width, w.wide, room.grad);
+  auto take_grad = [&](int64_t head, int64_t first, int64_t many, int64_t ahead) {
+    Walk::take(b.grad, w.batch, head, first, many, a.value_width, w.wide, room.grad, ahead);
     for (int64_t r = 0; a.totals && r < many; ++r)
       room.grad[r * w.wide + a.value_width] = b.grad_total[(w.batch * a.heads + head) * a.tokens + first + r];
   };
@@ -200,13 +204,13 @@ static void walk_backward_task(const am_walk_backward& b, int64_t task, float* m
   w.take_state(a.state, room.state);
   for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
     int64_t first = chunk * CHUNK, many = least(CHUNK, a.tokens - first);
-    Walk::take(a.key, w.batch, w.kv, first, many, a.width, w.deep, room.key);
-    w.take_values(first, many, room.value);
+    Walk::take(a.key, w.batch, w.kv, first, many, a.width, w.deep, room.key, CHUNK);
+    w.take_values(first, many, room.value, CHUNK);
     pack_transposed(room.value, w.wide, CHUNK, CHUNK, w.values, room.values_across);
     pack_transposed(room.state, w.wide, w.deep, w.deep, w.values, room.state_across);
     for (int64_t g = 0; g < w.group; ++g) {
       int64_t head = w.head(g);
-      take_grad(head, first, many);
+      take_grad(head, first, many, CHUNK);
       w.scores(room.grad, w.wide, room.values_across, w.values, room.down, room.slopes);
       w.through_transposed(room.grad, room.state_across, room.of_query);
       if (a.rate) Walk::scaled(room.of_query, room.up + 1, w.deep, room.of_query);
@@ -226,8 +230,8 @@ static void walk_backward_task(const am_walk_backward& b, int64_t task, float* m
   w.take_state(b.grad_state, room.state);
   for (int64_t chunk = w.chunks() - 1; chunk >= 0; --chunk) {
     int64_t first = chunk * CHUNK, many = least(CHUNK, a.tokens - first);
-    Walk::take(a.key, w.batch, w.kv, first, many, a.width, w.deep, room.key);
-    w.take_values(first, many, room.value);
+    Walk::take(a.key, w.batch, w.kv, first, many, a.width, w.deep, room.key, -CHUNK);
+    w.take_values(first, many, room.value, -CHUNK);
     pack_transposed(room.key, w.deep, CHUNK, CHUNK, a.width, room.keys_across);
     pack_transposed(room.value, w.wide, CHUNK, CHUNK, w.values, room.values_across);
     pack_transposed(room.state, w.wide, w.deep, w.deep, w.values, room.state_across);
@@ -242,8 +246,8 @@ static void walk_backward_task(const am_walk_backward& b, int64_t task, float* m
     if (a.rate) Walk::shrink(room.state, room.up[many], w.deep * w.wide);
     for (int64_t g = 0; g < w.group; ++g) {
       int64_t head = w.head(g);
-      Walk::take(a.query, w.batch, head, first, many, a.width, w.deep, room.query);
-      take_grad(head, first, many);
+      Walk::take(a.query, w.batch, head, first, many, a.width, w.deep, room.query, -CHUNK);
+      take_grad(head, first, many, -CHUNK);
       w.scores(room.grad, w.wide, room.values_across, w.values, room.down, room.slopes);
       w.scores(room.query, w.deep, room.keys_across, a.width, room.down, room.scores);
       Walk::lower_transposed(room.slopes, room.query, w.deep, a.width, of_key);
