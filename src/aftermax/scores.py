@@ -29,6 +29,22 @@ def cosine(vectors: Tensor) -> Tensor:
     return vectors / norm.masked_fill(norm == 0, 1)
 
 
+def gaussian(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """exp(-scale |x - y|^2 / 2), in (0, 1]: (..., X, D), (..., Y, D) -> (..., X, Y).
+
+    >>> gaussian(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [3.0, 4.0]]), 0.08)
+    tensor([[1.0000, 0.3679]])
+    """
+    # only differences count, and small vectors have small rounding errors; so no gradient either
+    centre = y.detach().mean(-2, keepdim=True)
+    x, y = x - centre, y - centre
+    square = x.square().sum(-1, keepdim=True) + y.square().sum(-1).unsqueeze(-2)
+    square = square - 2 * (x @ y.transpose(-1, -2))
+    # rounding below 0 is undone in the value alone: the derivatives pass as if nothing had been
+    square = square + (square.clamp_min(0) - square).detach()
+    return torch.exp(-scale / 2 * square)
+
+
 def inv_sqrt_dim(head_dim: int) -> float:
     """1 / sqrt(d): SDPA's default scale (Vaswani et al., arXiv 1706.03762)."""
     return head_dim**-0.5
