@@ -257,6 +257,53 @@ def gated_rms_norm(out: Tensor, gain: Tensor, gate: Tensor) -> Tensor:
     return rms_norm(out, gain) / (1 + torch.exp(-gate[:, None] * out))
 
 
+def soft(normalised: bool, landmarks: int = 49, ridge: float = 0.01) -> Callable[..., Tensor]:
+    """arXiv 2110.11945 and 2207.03341 (normalised), inverted outright, the ridge added to A."""
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor,
+        *,
+        distance: Tensor,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+        learned: dict[str, Tensor],
+    ) -> Tensor:
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+        def kappa(x: Tensor, y: Tensor) -> Tensor:
+            return torch.exp(-scale * ((x - y) ** 2).sum() / 2)
+
+        def matrix(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+            return torch.stack([torch.stack([kappa(x, y) for y in ys]) for x in xs])
+
+        batch, heads, queries, _ = query.shape
+        group = heads // key.shape[1]
+        out = query.new_zeros(batch, heads, queries, value.shape[-1])
+        for b in range(batch):
+            for h in range(heads):
+                sees = visible[b, h, 0]
+                keys, values = list(key[b, h // group, sees]), value[b, h // group, sees]
+                m = min(landmarks, len(keys))
+                segments: list[list[Tensor]] = [[] for _ in range(m)]
+                for rank, k in enumerate(keys):
+                    segments[rank * m // len(keys)].append(k)
+                pooled = [sum(segment) / len(segment) for segment in segments]
+                a = matrix(pooled, pooled)
+                inverse = torch.linalg.inv(a + ridge * torch.eye(m, dtype=a.dtype))
+                if normalised:
+                    d = torch.diag(a.sum(1) ** -0.5)
+                    inverse = d @ inverse @ d
+                out[b, h] = (
+                    matrix(list(query[b, h]), pooled) @ inverse @ matrix(pooled, keys) @ values
+                )
+        return out
+
+    return attend
+
+
 NAIVE: dict[str, Callable[..., Tensor]] = {
     "softmax": dense(softmax),
     "log-n": dense(log_n),
@@ -279,5 +326,7 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
     "transnormer-lrpe": dense(transnormer_lrpe, srms_norm),
     "inline": dense(inline),
     "normalised": dense(normalised),
+    "soft": soft(normalised=False),
+    "soft-norm": soft(normalised=True),
 }
 """Name of the entry -> (query, key, value, visible, *, distance, bias, scale, learned) -> out."""

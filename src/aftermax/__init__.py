@@ -25,6 +25,9 @@ from aftermax.linear import (
 
 # logits -> loss
 from aftermax.losses import cross_entropy, linear_cross_entropy
+
+# through landmarks
+from aftermax.lowrank import SOFT
 from aftermax.modules import Attention
 from aftermax.positions import ALiBi, NoPositions, RoPE
 
@@ -57,6 +60,7 @@ __all__ = [
     "CATALOGUE",
     "LSSA",
     "LSSAR",
+    "SOFT",
     "ALiBi",
     "Attention",
     "CosFormer",

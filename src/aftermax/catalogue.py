@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aftermax.entry import Entry
 from aftermax.linear import cosformer, cottention, elu, inline, normalised, transnormer
+from aftermax.lowrank import soft
 from aftermax.weights import rela, sigmoid, softmax, softplus
 
 CATALOGUE: tuple[Entry, ...] = (
@@ -28,6 +29,8 @@ CATALOGUE: tuple[Entry, ...] = (
     transnormer.LRPE,
     inline.ENTRY,
     normalised.ENTRY,
+    soft.ENTRY,
+    soft.NORMALISED,
 )
 
 

@@ -1,0 +1,322 @@
+"""SOFT: a Gaussian kernel in place of softmax, through a few landmarks. No row is normalised.
+
+Lu et al., "SOFT: Softmax-free Transformer with Linear Complexity", arXiv 2110.11945 (NeurIPS 2021),
+and "Softmax-free Linear Transformers", arXiv 2207.03341 (SOFT++), both for images::
+
+    kappa(x, y) = exp(-|x - y|^2 / (2 sqrt(d)))
+    A = kappa(L, L),   L = f(K), m landmarks pooled from the keys
+    SOFT      out = kappa(Q, L) A^-1 (kappa(L, K) V)
+    SOFT++    out = kappa(Q, L) D^-1/2 A^-1 D^-1/2 (kappa(L, K) V),   D = diag(A 1)
+
+read from right to left, T x m and m x m at most. The papers have Q = K (there is no projection of
+the keys), so that the whole is symmetric and positive semi-definite; with other queries it is the
+ordinary Nystroem form of the same kernel, and that extension is ours.
+
+The pseudo-inverse is twenty Newton steps (`newton.py`). The papers invert A; the first authors'
+code inverts A + 0.01 I, and so do we by default (`ridge`): it bounds the smallest singular value,
+so that two landmarks that coincide do no harm, float32 stays sound however many steps are taken,
+and the backward pass, which is that of an inverse, has one. The price is a bias: a direction of A
+with eigenvalue s is kept with the share s / (s + ridge). `ridge=0` is the papers' equation, and
+what the code of SOFT++ does.
+
+Landmarks mix all positions, so that there is no causal form and no state to decode with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aftermax import scores
+from aftermax.blocks import no_autocast
+from aftermax.call import check_inputs
+from aftermax.entry import Entry, Laws
+from aftermax.lowrank.newton import check_newton, newton_inverse
+from aftermax.visible import Visible
+
+
+def soft_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor,
+    *,
+    seen: Tensor | None = None,
+    filled: Tensor | None = None,
+    scale: float | None = None,
+    newton: int = 20,
+    ridge: float = 0.01,
+    normalised: bool = False,
+) -> Tensor:
+    """kappa(Q, L) A^-1 (kappa(L, K) V), right to left; see the head of this file.
+
+    Args:
+        query: (..., Tq, D).
+        key, value: (..., Tk, D), (..., Tk, Dv), finite where they are not seen too.
+        landmarks: (..., m, D).
+        seen: bool (..., Tk, 1), the keys that count; None = all.
+        filled: bool (..., m, 1), the landmarks that there are; the others change nothing.
+        scale: s in kappa(x, y) = exp(-s |x - y|^2 / 2); None = 1 / sqrt(D).
+        newton, ridge, normalised: as in `SOFT`.
+
+    Returns:
+        (..., Tq, Dv).
+
+    >>> x = torch.randn(5, 4, dtype=torch.float64)
+    >>> out = soft_attention(x, x, x, x, ridge=0.0, newton=40)  # all tokens are landmarks
+    >>> torch.allclose(out, scores.gaussian(x, x, 0.5) @ x)
+    True
+    """
+    scale = scores.inv_sqrt_dim(query.shape[-1]) if scale is None else scale
+    to_landmarks = scores.gaussian(query, landmarks, scale)
+    from_landmarks = scores.gaussian(key, landmarks, scale).transpose(-1, -2)
+    among = scores.gaussian(landmarks, landmarks, scale)
+    if seen is not None:
+        from_landmarks = from_landmarks * seen.transpose(-1, -2)
+    if filled is not None:
+        present = filled.transpose(-1, -2)
+        to_landmarks = to_landmarks * present
+        from_landmarks = from_landmarks * filled
+        among = among * (filled & present)
+    # kappa(x, x) = 1, without the rounding of |x - x|; and an empty landmark is a row of I
+    among = among.masked_fill(torch.eye(among.shape[-1], dtype=torch.bool, device=key.device), 1)
+
+    inverse = newton_inverse(among, newton, ridge)
+    summed = from_landmarks @ value
+    if not normalised:
+        return to_landmarks @ (inverse @ summed)
+    root = among.sum(-1, keepdim=True).rsqrt()
+    return to_landmarks @ (root * (inverse @ (root * summed)))
+
+
+@dataclass(frozen=True)
+class SOFT:
+    """SOFT, and SOFT++ with `normalised=True`, as a system.
+
+    The landmarks are means of the visible keys, in order: the key of rank r among the n that are
+    visible belongs to segment floor(r m / n), with m = min(landmarks, n). Up to `landmarks` keys
+    each is its own landmark, and nothing is approximated but the inverse. For an image, whose
+    papers pool in two dimensions, see `SOFTAttention`.
+
+    Args:
+        landmarks: 49 in all stages of the paper (section 4.1; its ablation finds 36 to 81 alike).
+        newton: steps of the inverse, 20 (algorithm 2). Check with `newton_inverse(...,
+            return_residual=True)` whether they suffice.
+        ridge: added to the diagonal of A, 0.01 as in the authors' code; the papers have none. See
+            the head of this file.
+        normalised: D^-1/2 on both sides of the inverse (SOFT++).
+
+    Half precision is computed in float32. A key mask, (B|1, H|1, 1, Tk), is the only thing that a
+    query may be told not to see.
+
+    >>> x = torch.randn(1, 2, 100, 8)
+    >>> SOFT().attend(x, x, x, Visible()).shape
+    torch.Size([1, 2, 100, 8])
+    """
+
+    landmarks: int = 49
+    newton: int = 20
+    ridge: float = 0.01
+    normalised: bool = False
+
+    def __post_init__(self):
+        if self.landmarks < 1:
+            raise ValueError(f"SOFT needs landmarks >= 1, got {self.landmarks}")
+        check_newton(self.newton, self.ridge)
+
+    def learned(self, heads: int, key_dim: int, value_dim: int) -> dict[str, Tensor]:
+        """Nothing: all is in the projections."""
+        return {}
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Visible,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        dropout_p: float = 0.0,
+        impl: str | None = None,
+        **learned: Tensor,
+    ) -> Tensor:
+        """(B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv).
+
+        A row that sees nothing is 0. A visible key or value that is not finite turns every row of
+        its head into NaN, since each landmark reaches all rows; a query, its own row.
+
+        Args:
+            visible: nothing but a mask that is the same for all queries.
+            scale: s in kappa(x, y) = exp(-s |x - y|^2 / 2); None = 1 / sqrt(D).
+            enable_gqa: allow Hkv to be a divisor of H.
+            dropout_p: must be 0: the weights that it would fall on are never there.
+            impl: None or "reference".
+
+        Raises:
+            ValueError: for a causal call, a window, a mask that differs by query or that does more
+                than hide keys, ALiBi, dropout, and inputs that do not fit.
+            RuntimeError: for impl="cpu"; there is no kernel.
+            TypeError: for learned tensors; there are none.
+        """
+        _check_call(dropout_p, impl, learned)
+        check_inputs(query, key, value, enable_gqa)
+        batch, heads, queries, _ = query.shape
+        kv_heads, keys = key.shape[1], key.shape[2]
+        visible.check(batch, heads, queries, keys)
+        seen = _key_mask(visible, keys, query.device)
+        if seen.shape[1] > 1 and kv_heads < heads:
+            # a mask for each query head, where heads share their keys: then they share no landmarks
+            key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+            kv_heads = heads
+        dtype = query.dtype
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        query, key, value = (x.to(compute) for x in (query, key, value))
+
+        sound_key = (key.isfinite().all(-1) & value.isfinite().all(-1))[..., None]
+        sound_query = query.isfinite().all(-1, keepdim=True)
+        flawed_head = (seen & ~sound_key).any(-2, keepdim=True)
+        poisoned = _grouped(seen.any(-2, keepdim=True) & ~sound_query, kv_heads) | flawed_head
+        query = _grouped(torch.where(sound_query, query, 0), kv_heads)
+        key, value = (torch.where(seen & sound_key, x, 0) for x in (key, value))
+        with no_autocast(query.device):
+            landmarks, filled = pooled_in_order(key, seen, self.landmarks)
+            out = soft_attention(
+                query,
+                key,
+                value,
+                landmarks,
+                seen=seen,
+                filled=filled,
+                scale=scale,
+                newton=self.newton,
+                ridge=self.ridge,
+                normalised=self.normalised,
+            )
+        out = out.masked_fill(poisoned, torch.nan)
+        return out.reshape(batch, heads, queries, value.shape[-1]).to(dtype)
+
+    def init_state(self, batch: int, kv_heads: int, key_dim: int, value_dim: int, **factory):
+        raise ValueError(_NOT_CAUSAL)
+
+    def step(self, query, key, value, state, visible: Visible, seen=None, **options):
+        raise ValueError(_NOT_CAUSAL)
+
+
+def pooled_in_order(key: Tensor, seen: Tensor, landmarks: int) -> tuple[Tensor, Tensor]:
+    """Means of the visible keys over segments of their rank: landmarks, and which there are.
+
+    Args:
+        key: (B, H, Tk, D), 0 where it is not seen.
+        seen: bool (B|1, H|1, Tk, 1).
+        landmarks: the largest number of segments.
+
+    Returns:
+        (B, H, m, D) and bool (B|1, H|1, m, 1) with m = min(landmarks, Tk), at least 1.
+    """
+    slots = torch.sym_max(1, torch.sym_min(landmarks, key.shape[-2]))
+    seen = seen.transpose(-1, -2)
+    count = seen.sum(-1, keepdim=True)
+    filled = count.clamp_max(landmarks)
+    rank = seen.cumsum(-1) - 1
+    segment = rank * filled // count.clamp_min(1)
+    slot = torch.arange(slots, device=key.device)[:, None]
+    member = (segment == slot) & seen
+    share = member / member.sum(-1, keepdim=True).clamp_min(1)
+    return share.to(key.dtype) @ key, slot < filled
+
+
+_NOT_CAUSAL = "SOFT is not causal: its landmarks mix all positions, so that no token comes after"
+
+
+def _check_call(dropout_p: float, impl: str | None, learned: dict[str, Tensor]) -> None:
+    if dropout_p:
+        raise ValueError(
+            f"SOFT takes no dropout, got dropout_p={dropout_p}: it never has the weights whole"
+        )
+    if impl == "cpu":
+        raise RuntimeError("impl='cpu', but SOFT has no kernel")
+    if impl not in (None, "reference"):
+        raise ValueError(f"impl={impl!r} is none of 'reference', 'cpu'")
+    if learned:
+        raise TypeError(f"SOFT learns no {', '.join(sorted(learned))} (it learns: none)")
+
+
+def _key_mask(visible: Visible, keys: int, device: torch.device) -> Tensor:
+    """bool (B|1, H|1, Tk, 1): the keys that are seen, by all queries alike."""
+    if visible.causal:
+        raise ValueError(_NOT_CAUSAL)
+    if visible.differs_by_query():
+        what = f"window={visible.window}"
+        if visible.window is None:
+            assert visible.mask is not None
+            what = f"a mask of shape {tuple(visible.mask.shape)}"
+        raise ValueError(
+            "SOFT pools the keys once for all queries: it takes a mask (B|1, H|1, 1, Tk), "
+            f"got {what}"
+        )
+    mask = visible.mask
+    if mask is None:
+        visible.seen_keys("SOFT")
+        return torch.ones(1, 1, keys, 1, dtype=torch.bool, device=device)
+    if mask.device != device:
+        raise ValueError(f"attn_mask is on {mask.device}, the query on {device}")
+    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))[:, :, :1]
+    seen = dataclasses.replace(visible, mask=mask).seen_keys("SOFT")
+    assert seen is not None
+    return seen.expand(-1, -1, -1, keys).transpose(-1, -2)
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, H, Tq, X) -> (B, Hkv, H / Hkv * Tq, X): the queries that share a key head as one."""
+    batch, heads, queries, width = x.shape
+    return x.reshape(batch, kv_heads, heads // kv_heads * queries, width)
+
+
+_EXCEPTIONS = {
+    "masks": "landmarks are pooled once for all queries, and its scores take no addend",
+    "mask_gradients": "it takes masks that hide keys, which have no gradient",
+    "later_keys": "it has no causal form: landmarks mix all positions",
+    "prefix": "it has no causal form: landmarks mix all positions",
+    "cached_decode": "it has no causal form, hence nothing to decode with",
+    "cached_padding": "it has no causal form, hence nothing to decode with",
+    "key_order": "beyond 49 keys the landmarks are means of neighbours",
+    "length_aware": "no addend of the scores could push a key away",
+}
+
+ENTRY = Entry(
+    name="soft",
+    title="SOFT",
+    system=SOFT(),
+    formula="κ(Q, L) κ(L, L)⁻¹ κ(L, K), κ(x, y) = exp(−|x − y|² / 2√d)",
+    paper="Lu et al. 2021",
+    arxiv="2110.11945",
+    score="|q − k|² / 2√d",
+    positivity="exp",
+    normaliser="none",
+    walk="landmarks",
+    laws=Laws(non_negative=False),
+    exceptions=_EXCEPTIONS,
+    causal=False,
+    claim="For images: 83.3 on ImageNet-1K at 87 M parameters; no claim about length.",
+)
+
+NORMALISED = Entry(
+    name="soft-norm",
+    title="SOFT++",
+    system=SOFT(normalised=True),
+    formula="κ(Q, L) D^−½ κ(L, L)⁻¹ D^−½ κ(L, K), D = diag(κ(L, L) 1)",
+    paper="Lu et al. 2022",
+    arxiv="2207.03341",
+    score="|q − k|² / 2√d",
+    positivity="exp",
+    normaliser="landmark degrees",
+    walk="landmarks",
+    laws=Laws(non_negative=False),
+    exceptions=_EXCEPTIONS,
+    causal=False,
+    claim="For images, dense prediction as well: 83.4 on ImageNet-1K; no claim about length.",
+)
