@@ -2,7 +2,7 @@
 
 import torch
 
-from aftermax.scores import cosine
+from aftermax.scores import cosine, gaussian
 
 
 def test_a_vector_without_direction_stays_zero_and_has_a_small_gradient():
@@ -17,3 +17,22 @@ def test_other_vectors_have_length_one_whatever_their_size():
     vectors = torch.randn(5, 8, dtype=torch.float64) * 10.0 ** torch.arange(-10, 15, 5)[:, None]
     length = cosine(vectors).norm(dim=-1)
     torch.testing.assert_close(length, torch.ones(5, dtype=torch.float64), atol=1e-14, rtol=0)
+
+
+def test_the_gaussian_kernel_sees_differences_alone():
+    x = torch.randn(9, 8, dtype=torch.float64)
+    y = torch.randn(7, 8, dtype=torch.float64)
+    expected = torch.exp(-0.35 * (x[:, None] - y).square().sum(-1))
+    torch.testing.assert_close(gaussian(x, y, 0.7), expected, atol=1e-14, rtol=0)
+    far = gaussian(x.float() + 1024, y.float() + 1024, 0.7)
+    moved = gaussian((x.float() + 1024) - 1024, (y.float() + 1024) - 1024, 0.7)
+    torch.testing.assert_close(far, moved, atol=1e-5, rtol=0)
+
+
+def test_the_gaussian_kernel_has_its_derivatives_where_vectors_are_equal():
+    x = (1000 + torch.randn(4, 3, dtype=torch.float64)).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    kernel = gaussian(x, y, 0.5)
+    assert kernel.max() <= 1
+    assert torch.autograd.gradcheck(lambda x, y: gaussian(x, y, 0.5), (x, y))
+    assert torch.autograd.gradgradcheck(lambda x, y: gaussian(x, y, 0.5), (x, y))
