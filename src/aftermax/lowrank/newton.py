@@ -17,6 +17,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from aftermax.blocks import no_autocast
+
+DIVERGED = 16
+"""Times the smallest residual so far: what rises above that diverges. A residual that has arrived
+at the rounding of its own products wavers by a factor of ten at most; one that diverges doubles
+with every step."""
+
 
 @overload
 def newton_inverse(
@@ -32,10 +39,11 @@ def newton_inverse(
     """(A + ridge I)^-1 of symmetric positive semi-definite matrices, by `steps` Newton steps.
 
     Args:
-        matrix: (..., m, m), symmetric. Without a ridge the iteration goes to the pseudo-inverse.
-        steps: 20 in the paper. A matrix stops sooner, by itself, where its residual rises by more
-            than the rounding of the residual: in float32 the rounding errors of a nearly singular
-            matrix double at every further step, up to NaN within sixty.
+        matrix: (..., m, m), symmetric, m >= 1; half precision is computed in float32. Without a
+            ridge the iteration goes to the pseudo-inverse.
+        steps: 20 in the paper. In float32 the rounding errors of a nearly singular matrix double
+            with every further step, up to NaN within sixty: a matrix whose residual rises stops,
+            by itself, and goes back to its smallest.
         ridge: added to the diagonal.
         return_residual: also return the relative residual |A Y A - A| / |A| (Frobenius, of the
             matrix iterated on), (...,), without a gradient: how far to trust the inverse. It weighs
@@ -59,14 +67,17 @@ def newton_inverse(
             f"got {matrix.dtype} of shape {tuple(matrix.shape)}"
         )
     check_newton(steps, ridge)
+    dtype = matrix.dtype
+    matrix = matrix.to(torch.float64 if dtype == torch.float64 else torch.float32)
     if ridge:
         identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         matrix = matrix + ridge * identity
-    inverse = _NewtonInverse.apply(matrix, steps)
-    if not return_residual:
-        return inverse  # type: ignore[return-value]
-    with torch.no_grad():
-        return inverse, _residual(matrix, matrix @ inverse)  # type: ignore[return-value]
+    with no_autocast(matrix.device):
+        inverse: Tensor = _NewtonInverse.apply(matrix, steps)  # type: ignore[assignment]
+        if not return_residual:
+            return inverse.to(dtype)
+        with torch.no_grad():
+            return inverse.to(dtype), _residual(matrix, matrix @ inverse)
 
 
 def check_newton(steps: int, ridge: float) -> None:
@@ -84,20 +95,21 @@ class _NewtonInverse(torch.autograd.Function):
         norm = matrix.abs().sum(-2, keepdim=True).amax(-1, keepdim=True)
         inverse = 0.9 * 2 / norm.square() * matrix
         product = matrix @ inverse
-        best = _residual(matrix, product)
+        best, best_inverse = _residual(matrix, product), inverse
         rounding = matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-        going = torch.ones_like(best, dtype=torch.bool)
+        sound = torch.ones_like(best, dtype=torch.bool)
         for _ in range(steps):
             inverse_next = 2 * inverse - inverse @ product
             product_next = matrix @ inverse_next
             residual = _residual(matrix, product_next)
             # a comparison with NaN is false: what has overflowed is never taken
-            going = going & (residual <= best + rounding)
-            best = torch.minimum(best, residual)
-            chosen = going[..., None, None]
-            inverse = torch.where(chosen, inverse_next, inverse)
-            product = torch.where(chosen, product_next, product)
-        return inverse
+            sound = sound & (residual <= DIVERGED * best + rounding)
+            inverse = _where(sound, inverse_next, inverse)
+            product = _where(sound, product_next, product)
+            better = sound & (residual < best)
+            best = torch.where(better, residual, best)
+            best_inverse = _where(better, inverse_next, best_inverse)
+        return _where(sound, inverse, best_inverse)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -108,6 +120,10 @@ class _NewtonInverse(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         transposed = inverse.transpose(-1, -2)
         return -transposed @ grad @ transposed, None
+
+
+def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    return torch.where(chosen[..., None, None], one, other)
 
 
 def _residual(matrix: Tensor, product: Tensor) -> Tensor:

@@ -215,18 +215,20 @@ def pooled_in_order(key: Tensor, seen: Tensor, landmarks: int) -> tuple[Tensor, 
         landmarks: the largest number of segments.
 
     Returns:
-        (B, H, m, D) and bool (B|1, H|1, m, 1) with m = min(landmarks, Tk), at least 1.
+        (B, H, m, D) and bool (B|1, H|1, m, 1), with m enough for all that there are.
     """
-    slots = torch.sym_max(1, torch.sym_min(landmarks, key.shape[-2]))
+    # what is compiled or exported may meet any length, and has room for all of them
+    compiling = torch.compiler.is_compiling()
+    slots = landmarks if compiling else max(1, min(landmarks, key.shape[-2]))
     seen = seen.transpose(-1, -2)
     count = seen.sum(-1, keepdim=True)
     filled = count.clamp_max(landmarks)
     rank = seen.cumsum(-1) - 1
     segment = rank * filled // count.clamp_min(1)
     slot = torch.arange(slots, device=key.device)[:, None]
-    member = (segment == slot) & seen
+    member = ((segment == slot) & seen).to(key.dtype)
     share = member / member.sum(-1, keepdim=True).clamp_min(1)
-    return share.to(key.dtype) @ key, slot < filled
+    return share @ key, slot < filled
 
 
 _NOT_CAUSAL = "SOFT is not causal: its landmarks mix all positions, so that no token comes after"

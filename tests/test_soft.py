@@ -1,0 +1,475 @@
+"""SOFT: what is special about it. The facts of its papers, as far as they hold, and its inverse."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from aftermax import SOFT, Visible
+from aftermax.lowrank import newton_inverse, soft_attention
+from aftermax.scores import gaussian
+
+from .cases import F64, Case, gradients, plain_views
+from .naive import soft as naive
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=random, dtype=F64)
+
+
+def case_of(tokens: int, kv_heads: int = 4, seed: int = 0) -> Case:
+    return Case(
+        normal(2, 4, tokens, 8, seed=seed),
+        normal(2, kv_heads, tokens, 8, seed=seed + 1),
+        normal(2, kv_heads, tokens, 5, seed=seed + 2),
+        {},
+    )
+
+
+def attend(system: SOFT, case: Case, visible: Visible = Visible(), **options):  # noqa: B008, frozen
+    return system.attend(*case[:3], visible, **options)
+
+
+def matrix_of(tokens: torch.Tensor, landmarks: torch.Tensor, **options) -> torch.Tensor:
+    """(T, T): what stands in place of the kernel, with Q = K."""
+    one_hot = torch.eye(len(tokens), dtype=F64)
+    return soft_attention(tokens, tokens, one_hot, landmarks, **options)
+
+
+def kernel_of(count: int, width: int, size: float) -> torch.Tensor:
+    x = size * normal(count, width)
+    return gaussian(x, x, width**-0.5)
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).detach().norm() / wanted.detach().norm())
+
+
+# the kernel, and what stands in its place
+
+
+def test_the_kernel_is_symmetric_positive_and_one_on_the_diagonal_but_no_row_map():
+    kernel = kernel_of(64, 8, 1.0)
+    assert_close(kernel, kernel.T, rtol=0, atol=1e-15)
+    assert_close(kernel.diagonal(), torch.ones(64, dtype=F64), rtol=0, atol=1e-14)
+    assert kernel.min() > 0
+    assert kernel.max() <= 1
+    assert torch.linalg.eigvalsh(kernel).min() > 0
+    assert kernel.sum(-1).min() > 1.5
+    assert kernel.sum(-1).std() > 1
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_with_keys_as_queries_the_whole_is_symmetric_and_positive_semidefinite(normalised):
+    x = normal(1, 1, 60, 8)
+    system = SOFT(landmarks=12, normalised=normalised)
+    whole = system.attend(x, x, torch.eye(60, dtype=F64)[None, None], Visible())[0, 0]
+    assert_close(whole, whole.T, **EXACT)
+    eigenvalues = torch.linalg.eigvalsh(whole)
+    assert eigenvalues.min() > -1e-12
+    assert (eigenvalues > 1e-6).sum() == 12
+    assert whole.sum(-1).std() > 0.05
+
+
+def test_with_all_tokens_as_landmarks_the_kernel_itself_is_left():
+    x = normal(48, 8)
+    kernel = gaussian(x, x, 8**-0.5)
+    assert relative(matrix_of(x, x, ridge=0.0, newton=40), kernel) < 1e-12
+    # a direction of eigenvalue s keeps the share s / (s + ridge)
+    shrunk = kernel @ torch.linalg.solve(kernel + 0.01 * torch.eye(48, dtype=F64), kernel)
+    assert relative(matrix_of(x, x, newton=40), shrunk) < 1e-12
+    assert 1e-4 < relative(shrunk, kernel) < 1e-2
+
+
+def test_the_error_falls_with_every_landmark_more():
+    x = normal(256, 8)
+    kernel, order = gaussian(x, x, 8**-0.5), torch.randperm(256)
+    sizes = (8, 16, 32, 49, 64, 128, 256)
+    for options, last in (({"ridge": 0.0}, 3e-3), ({}, 5e-3)):
+        errors = [relative(matrix_of(x, x[order[:m]], **options), kernel) for m in sizes]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[0] > 0.5
+        assert errors[-1] < last
+
+
+def test_means_of_neighbours_are_good_landmarks_where_neighbours_are_alike():
+    x = (normal(256, 8).cumsum(0) / 8)[None, None]
+    kernel, one_hot = gaussian(x, x, 8**-0.5), torch.eye(256, dtype=F64)[None, None]
+    errors = [
+        relative(SOFT(landmarks=m).attend(x, x, one_hot, Visible()), kernel)
+        for m in (4, 8, 16, 32, 49, 64, 128, 256)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[4] < 0.01
+
+
+def test_the_normalised_form_has_the_smaller_norm_and_it_falls_with_the_landmarks():
+    # 2207.03341 wants the spectral norm bounded; for SOFT it goes to that of the kernel
+    x = normal(256, 8)
+    order = torch.randperm(256)
+
+    def norms(**options):
+        return [
+            float(torch.linalg.matrix_norm(matrix_of(x, x[order[:m]], **options), 2))
+            for m in (8, 32, 128, 256)
+        ]
+
+    plain, normalised = norms(), norms(normalised=True)
+    assert plain == sorted(plain)
+    assert normalised == sorted(normalised, reverse=True)
+    assert plain[-1] > 30
+    assert normalised[-1] < 2
+
+
+# landmarks
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("landmarks", [1, 4, 7, 10])
+def test_fewer_landmarks_than_keys_equal_the_naive_equation(landmarks, normalised):
+    system, equation = SOFT(landmarks, normalised=normalised), naive(normalised, landmarks)
+    for kv_heads in (4, 2):
+        case = case_of(11, kv_heads)
+        for name, view in plain_views(2, 4, 11).items():
+            if not view.visible.causal:
+                out = attend(system, case, view.visible, enable_gqa=True)
+                expected = equation(*case[:3], view.seen, distance=None, learned={})
+                assert_close(out, expected, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_masks_of_their_own_for_heads_that_share_keys():
+    case, seen = case_of(11, kv_heads=2), torch.ones(2, 4, 1, 11, dtype=torch.bool)
+    seen[0, 1, 0, :6] = seen[1, 2, 0, 3:] = seen[1, 3] = False
+    out = attend(SOFT(4), case, Visible(mask=seen), enable_gqa=True)
+    assert torch.equal(out[1, 3], torch.zeros_like(out[1, 3]))
+    for b, h in ((0, 0), (0, 1), (1, 2)):
+        sees = seen[b, h, 0]
+        alone = SOFT(4).attend(
+            case.query[b : b + 1, h : h + 1],
+            case.key[b : b + 1, h // 2 : h // 2 + 1, sees],
+            case.value[b : b + 1, h // 2 : h // 2 + 1, sees],
+            Visible(),
+        )
+        assert_close(out[b : b + 1, h : h + 1], alone, **EXACT)
+
+
+def test_hidden_keys_move_no_landmark_whatever_they_hold():
+    case, seen = case_of(30), torch.rand(30) < 0.6
+    alone = case._replace(key=case.key[:, :, seen], value=case.value[:, :, seen])
+    for flaw in (0.0, torch.nan, torch.inf):
+        case.key[:, :, ~seen] = case.value[:, :, ~seen] = flaw
+        hidden = attend(SOFT(6), case, Visible(mask=seen))
+        assert_close(hidden, attend(SOFT(6), alone), **EXACT)
+
+
+def test_a_mask_that_queries_share_is_taken_however_it_is_spelt():
+    case, seen = case_of(12), torch.rand(2, 1, 1, 12) < 0.6
+    expected = attend(SOFT(4), case, Visible(mask=seen))
+    additive = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for mask in (seen.expand(2, 4, 12, 12), additive, additive.expand(2, 4, 12, 12)):
+        assert torch.equal(attend(SOFT(4), case, Visible(mask=mask)), expected)
+    one = seen[0, 0, 0]
+    assert_close(
+        attend(SOFT(4), case, Visible(mask=one)),
+        attend(SOFT(4), case, Visible(mask=one[None, None, None])),
+    )
+
+
+def test_a_flawed_token_poisons_whole_rows_of_its_head_and_nothing_else():
+    clean = case_of(20).wanting_gradients()
+    for flaw in (torch.nan, torch.inf):
+        flawed = clean.map(lambda x: x.detach().clone())
+        flawed.key[0, 1, 7, 2] = flawed.value[1, 2, 19, 0] = flawed.query[1, 0, 3, 1] = flaw
+        flawed = flawed.wanting_gradients()
+        out, expected = attend(SOFT(6), flawed), attend(SOFT(6), clean)
+        poisoned = torch.zeros(2, 4, 20, 1, dtype=torch.bool)
+        poisoned[0, 1] = poisoned[1, 2] = poisoned[1, 0, 3] = True
+        assert_close(out, expected.masked_fill(poisoned, torch.nan), equal_nan=True, **EXACT)
+        sound = ~poisoned.expand_as(out)
+        assert_close(gradients(out[sound], flawed), gradients(expected[sound], clean), **EXACT)
+
+
+def test_landmarks_that_coincide_do_no_harm():
+    # a picture with one colour: every key, hence every landmark, the same
+    key = normal(1, 1, 1, 8).expand(1, 1, 60, 8)
+    case = Case(normal(1, 1, 60, 8).float(), key.float(), normal(1, 1, 60, 5).float(), {})
+    case = case.wanting_gradients()
+    for normalised in (False, True):
+        out = attend(SOFT(normalised=normalised), case)
+        assert out.isfinite().all()
+        for gradient in torch.autograd.grad(out.square().sum(), case.leaves):
+            assert gradient.isfinite().all()
+    # one landmark forty-nine times is one landmark, up to the ridge
+    assert_close(attend(SOFT(), case), attend(SOFT(1, ridge=0.01 / 49), case), rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradients_are_the_derivatives_with_fewer_landmarks_than_keys():
+    seen = torch.tensor([True, True, False, True, True, True, True])
+    leaves = [normal(1, h, 7, 4, seed=h).requires_grad_() for h in (2, 1, 1)]
+
+    def attend(*x):
+        return SOFT(3, normalised=True).attend(*x, Visible(mask=seen), enable_gqa=True)
+
+    assert torch.autograd.gradcheck(attend, leaves)
+    assert torch.autograd.gradgradcheck(attend, leaves)
+
+
+def test_the_work_grows_with_the_length_and_not_with_its_square():
+    def operations(tokens: int) -> int:
+        x = normal(1, 1, tokens, 8)
+        with FlopCounterMode(display=False) as counter:
+            SOFT(landmarks=16).attend(x, x, x, Visible())
+        return counter.get_total_flops()
+
+    one, two, four = (operations(n) for n in (256, 512, 1024))
+    assert four - two == 2 * (two - one)
+    assert one > 0
+
+
+def test_it_compiles_and_exports_for_lengths_that_change():
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value, mask):
+            return SOFT(landmarks=6).attend(query, key, value, Visible(mask=mask))
+
+    def inputs(tokens: int):
+        return (*case_of(tokens)[:3], torch.rand(2, 1, 1, tokens) < 0.8)
+
+    length, module = torch.export.Dim("length", min=2, max=4096), Module()
+    shapes = ({2: length}, {2: length}, {2: length}, {3: length})
+    exported = torch.export.export(module, inputs(20), dynamic_shapes=shapes).module()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (3, 6, 7, 50):
+        given = inputs(tokens)
+        assert_close(exported(*given), module(*given), **EXACT)
+        assert_close(compiled(*given), module(*given), **EXACT)
+
+
+# the inverse
+
+
+def test_newton_captures_of_each_direction_what_the_law_says():
+    # 1 - (1 - alpha sigma^2)^(2^T) of 1 / sigma
+    vectors = torch.linalg.qr(normal(12, 12)).Q
+    sigma = torch.logspace(-4, 0, 12, dtype=F64)
+    matrix = vectors * sigma @ vectors.T
+    alpha = 0.9 * 2 / matrix.abs().sum(0).max() ** 2
+    for steps in (5, 10, 15, 20):
+        inverse = newton_inverse(matrix, steps)
+        captured = (vectors.T @ inverse @ vectors).diagonal() * sigma
+        assert_close(captured, 1 - (1 - alpha * sigma**2) ** (2**steps), rtol=0, atol=1e-10)
+
+
+def test_the_residual_falls_with_every_step():
+    matrix = kernel_of(49, 4, 1.0)
+    residuals = [newton_inverse(matrix, n, return_residual=True)[1].item() for n in range(1, 35)]
+    assert residuals == sorted(residuals, reverse=True)
+    assert residuals[-1] < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "condition", "residual", "error"),
+    [
+        (32, 1.0, (1.5, 2.5), (0, 1e-15), (0, 1e-14)),
+        (32, 0.3, (4e2, 1e3), (1e-5, 3e-4), (1e-3, 0.1)),
+        (4, 1.0, (1e4, 1e5), (5e-4, 2e-3), (0.9, 1)),
+    ],
+)
+def test_twenty_steps_suffice_where_the_landmarks_are_far_apart(
+    width, size, condition, residual, error
+):
+    """And the residual does not tell how far off the inverse is in small directions."""
+    matrix = kernel_of(49, width, size)
+    inverse, left = newton_inverse(matrix, return_residual=True)
+    assert condition[0] < torch.linalg.cond(matrix) < condition[1]
+    assert residual[0] <= left < residual[1]
+    assert error[0] <= relative(inverse, torch.linalg.inv(matrix)) < error[1]
+
+
+def unguarded(matrix: torch.Tensor, steps: int) -> torch.Tensor:
+    inverse = 0.9 * 2 / matrix.abs().sum(0).max() ** 2 * matrix
+    for _ in range(steps):
+        inverse = 2 * inverse - inverse @ matrix @ inverse
+    return inverse
+
+
+def test_in_float32_the_bare_iteration_diverges_and_ours_goes_back_to_its_best():
+    matrix = kernel_of(49, 2, 0.5).float()
+    assert unguarded(matrix, 20).isfinite().all()
+    assert not unguarded(matrix, 80).isfinite().any()
+    residuals = []
+    for steps in (20, 29, 40, 60, 200):
+        inverse, residual = newton_inverse(matrix, steps, return_residual=True)
+        assert inverse.isfinite().all()
+        residuals.append(residual.item())
+    assert residuals == sorted(residuals, reverse=True)
+    assert residuals[-1] < 1e-4
+
+
+def test_the_guard_is_each_matrix_its_own():
+    matrices = torch.stack([kernel_of(49, 2, 0.5), kernel_of(49, 32, 1.0)]).float()
+    together = newton_inverse(matrices, 60)
+    for matrix, inverse in zip(matrices, together, strict=True):
+        assert_close(inverse, newton_inverse(matrix, 60), rtol=1e-4, atol=1e-4)
+
+
+def test_with_a_ridge_the_bare_iteration_is_stable_and_ours_converges():
+    matrix = kernel_of(49, 2, 0.5)
+    ridged = matrix + 0.01 * torch.eye(49, dtype=F64)
+    assert unguarded(ridged.float(), 200).isfinite().all()
+    for steps in (40, 60, 200):
+        inverse, residual = newton_inverse(matrix.float(), steps, 0.01, return_residual=True)
+        assert residual < 5e-4
+        assert relative(inverse.to(F64), torch.linalg.inv(ridged)) < 1e-4
+    assert relative(newton_inverse(matrix, 40, 0.01), torch.linalg.inv(ridged)) < 1e-10
+
+
+def test_a_residual_that_only_wavers_does_not_stop_the_steps_that_are_needed():
+    # of condition 1e4: the residual is at its rounding by step 26, the inverse right by step 33
+    for seed in range(5):
+        x = normal(49, 4, seed=seed)
+        matrix = gaussian(x, x, 0.5)
+        exact = torch.linalg.inv(matrix)
+        assert relative(newton_inverse(matrix.float(), 26).to(F64), exact) > 0.1
+        assert relative(newton_inverse(matrix.float(), 45).to(F64), exact) < 1e-3
+
+
+def test_where_it_has_converged_the_backward_pass_is_that_of_the_inverse():
+    x = normal(3, 10, 8)
+    matrix = gaussian(x, x, 1.0).requires_grad_()
+    upstream = normal(3, 10, 10, seed=1)
+    identity = torch.eye(10, dtype=F64)
+    for ridge in (0.0, 0.01):
+        (ours,) = torch.autograd.grad(newton_inverse(matrix, 30, ridge), matrix, upstream)
+        exact = torch.linalg.inv(matrix + ridge * identity)
+        (expected,) = torch.autograd.grad(exact, matrix, upstream)
+        assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_its_gradients_and_theirs_are_the_derivatives():
+    matrix = kernel_of(5, 6, 1.5)
+
+    def inverse(x):
+        return newton_inverse((x + x.T) / 2, 20, 0.01)
+
+    leaf = matrix.requires_grad_()
+    assert torch.autograd.gradcheck(inverse, leaf)
+    assert torch.autograd.gradgradcheck(inverse, leaf)
+
+
+def test_of_a_singular_matrix_without_a_ridge_the_backward_pass_is_not_the_derivative():
+    # the paper's formula wants an inverse; the pseudo-inverse has terms of its null space
+    matrix = normal(8, 6) @ normal(6, 8, seed=1)
+    matrix = (matrix @ matrix.T).requires_grad_()
+    upstream = normal(8, 8, seed=2)
+    exact = torch.linalg.pinv(matrix, hermitian=True)
+    ours = newton_inverse(matrix, 40)
+    assert relative(ours, exact) < 1e-6
+    got, expected = (torch.autograd.grad(x, matrix, upstream)[0] for x in (ours, exact))
+    assert relative(got, expected) > 0.1
+
+
+def test_it_keeps_the_inverse_alone_for_the_backward_pass():
+    kept = []
+
+    def keep(x):
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        inverse = newton_inverse(kernel_of(10, 8, 1.0).requires_grad_())
+    assert [x.shape for x in kept] == [(10, 10)]
+    assert torch.equal(kept[0], inverse)
+
+
+def test_the_inverse_works_under_torch_func():
+    x = normal(3, 6, 8)
+    matrices = gaussian(x, x, 1.0)
+    assert_close(torch.func.vmap(newton_inverse)(matrices), newton_inverse(matrices), **EXACT)
+
+    def loss(matrix):
+        return newton_inverse(matrix).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss))(matrices)
+    leaf = matrices.requires_grad_()
+    assert_close(each, torch.autograd.grad(loss(leaf), leaf)[0], **EXACT)
+
+
+def test_half_precision_and_autocast_are_inverted_in_float32():
+    matrix = kernel_of(16, 8, 1.0)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = matrix.to(dtype)
+        assert torch.equal(newton_inverse(half), newton_inverse(half.float()).to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        under = newton_inverse(matrix.float())
+    assert torch.equal(under, newton_inverse(matrix.float()))
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("matrix", "options", "message"),
+    [
+        (torch.ones(3, 4), {}, r"\(\.\.\., m, m\), got torch.float32 of shape \(3, 4\)"),
+        (torch.ones(3, 3, dtype=torch.int), {}, "got torch.int32"),
+        (torch.eye(3), {"steps": 0}, "at least 1 step, got 0"),
+        (torch.eye(3), {"ridge": -1.0}, r"ridge must be 0 or more, got -1\.0"),
+    ],
+)
+def test_what_has_no_inverse_raises(matrix, options, message):
+    with pytest.raises(ValueError, match=message):
+        newton_inverse(matrix, **options)
+
+
+@pytest.mark.parametrize(
+    ("visible", "options", "error", "message"),
+    [
+        (Visible(causal=True), {}, ValueError, "SOFT is not causal: its landmarks mix all"),
+        (Visible(window=3), {}, ValueError, r"a mask \(B\|1, H\|1, 1, Tk\), got window=3"),
+        (Visible(mask=torch.ones(6, 6).bool()), {}, ValueError, r"a mask of shape \(6, 6\)"),
+        (Visible(mask=torch.full((6,), 0.5)), {}, ValueError, "no scores that a mask could be"),
+        (Visible(mask=torch.ones(5).bool()), {}, ValueError, "does not broadcast"),
+        (Visible(slopes=torch.ones(4)), {}, ValueError, "no scores that ALiBi slopes"),
+        (Visible(), {"dropout_p": 0.1}, ValueError, r"no dropout, got dropout_p=0\.1"),
+        (Visible(), {"impl": "cpu"}, RuntimeError, "impl='cpu', but SOFT has no kernel"),
+        (Visible(), {"impl": "gpu"}, ValueError, "impl='gpu' is none of 'reference', 'cpu'"),
+        (Visible(), {"gate": torch.ones(1)}, TypeError, "SOFT learns no gate"),
+    ],
+)
+def test_what_it_cannot_do_raises(visible, options, error, message):
+    with pytest.raises(error, match=message):
+        attend(SOFT(), case_of(6), visible, **options)
+
+
+def test_shapes_that_do_not_fit_raise():
+    case = case_of(6, kv_heads=2)
+    with pytest.raises(ValueError, match="pass enable_gqa=True"):
+        attend(SOFT(), case)
+    with pytest.raises(ValueError, match="one width D"):
+        attend(SOFT(), case._replace(query=case.query[..., :3]), enable_gqa=True)
+
+
+def test_there_is_no_state_to_decode_with():
+    x = normal(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="SOFT is not causal"):
+        SOFT().init_state(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="SOFT is not causal"):
+        SOFT().step(x, x, x, None, Visible())
+
+
+@pytest.mark.parametrize("wrong", [{"landmarks": 0}, {"newton": 0}, {"ridge": -0.1}])
+def test_constants_that_make_no_system_raise(wrong):
+    with pytest.raises(ValueError, match=r"got (0|-0\.1)"):
+        SOFT(**wrong)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
+def test_no_queries_and_no_keys_are_no_error(queries, keys):
+    out = SOFT().attend(
+        normal(2, 4, queries, 8), normal(2, 4, keys, 8), normal(2, 4, keys, 5), Visible()
+    )
+    assert torch.equal(out, torch.zeros(2, 4, queries, 5, dtype=F64))
