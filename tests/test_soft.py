@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from aftermax import SOFT, Visible
+from aftermax import SOFT, SOFTAttention, Visible, find
 from aftermax.lowrank import newton_inverse, soft_attention
 from aftermax.scores import gaussian
 
@@ -232,7 +232,7 @@ def test_the_work_grows_with_the_length_and_not_with_its_square():
 def test_it_compiles_and_exports_for_lengths_that_change():
     class Module(torch.nn.Module):
         def forward(self, query, key, value, mask):
-            return SOFT(landmarks=6).attend(query, key, value, Visible(mask=mask))
+            return SOFT(landmarks=6, newton=3).attend(query, key, value, Visible(mask=mask))
 
     def inputs(tokens: int):
         return (*case_of(tokens)[:3], torch.rand(2, 1, 1, tokens) < 0.8)
@@ -473,3 +473,192 @@ def test_no_queries_and_no_keys_are_no_error(queries, keys):
         normal(2, 4, queries, 8), normal(2, 4, keys, 8), normal(2, 4, keys, 5), Visible()
     )
     assert torch.equal(out, torch.zeros(2, 4, queries, 5, dtype=F64))
+
+
+# the module
+
+
+def module_of(seed: int = 0, **options) -> SOFTAttention:
+    torch.manual_seed(seed)
+    return SOFTAttention(16, 4, **{"grid": (6, 8), "dtype": F64} | options)
+
+
+def heads_of(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear(x).reshape(len(x), -1, 4, 4).transpose(1, 2)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_on_a_grid_the_landmarks_are_means_of_squares(normalised):
+    attend, x = module_of(ratio=2, normalised=normalised), normal(2, 48, 16)
+    query, value = heads_of(attend.to_query, x), heads_of(attend.to_value, x)
+    image = query.reshape(8, 6, 8, 4).permute(0, 3, 1, 2)
+    landmarks = torch.nn.functional.avg_pool2d(image, 2).flatten(-2).mT.reshape(2, 4, 12, 4)
+    out = soft_attention(query, query, value, landmarks, normalised=normalised)
+    assert_close(attend(x), attend.to_out(out.transpose(1, 2).flatten(-2)), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("grid", "landmarks", "cells"),
+    [
+        ((56, 56), 49, (7, 7)),
+        ((14, 14), 49, (7, 7)),
+        ((6, 6), 49, (6, 6)),
+        ((4, 16), 16, (2, 8)),
+        ((2, 100), 49, (1, 49)),
+        ((100, 2), 49, (49, 1)),
+        ((9, 7), 1, (1, 1)),
+    ],
+)
+def test_without_a_ratio_there_are_as_many_landmarks_as_allowed(grid, landmarks, cells):
+    attend = SOFTAttention(8, 2, grid=grid, landmarks=landmarks)
+    assert attend.cells == cells
+    x = torch.randn(1, grid[0] * grid[1], 8)
+    assert attend.pooled(attend._split(x)).shape == (1, 2, cells[0] * cells[1], 4)
+    assert attend(x).isfinite().all()
+
+
+def test_without_a_grid_it_is_the_system_with_keys_as_queries():
+    attend, x = module_of(grid=None, landmarks=5), normal(2, 30, 16)
+    query, value = heads_of(attend.to_query, x), heads_of(attend.to_value, x)
+    real = torch.rand(2, 30) < 0.7
+    for given, visible in (
+        (None, Visible()),
+        (real, Visible(mask=real[:, None, None])),
+        (Visible(mask=real[:, None, None]), Visible(mask=real[:, None, None])),
+    ):
+        out = SOFT(5).attend(query, query, value, visible)
+        expected = attend.to_out(out.transpose(1, 2).flatten(-2))
+        assert_close(attend(x, given), expected, **EXACT)
+
+
+def test_a_convolution_may_make_the_landmarks():
+    attend, x = module_of(ratio=2, pooling="conv"), normal(2, 48, 16)
+    query = heads_of(attend.to_query, x) / 4**0.25
+    value = heads_of(attend.to_value, x)
+    weight, landmarks = attend.landmark_conv.weight, torch.empty(2, 4, 3, 4, 4, dtype=F64)
+    image = query.reshape(2, 4, 6, 8, 4)
+    for i in range(3):
+        for j in range(4):
+            square = image[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            cell = torch.einsum("oikl,bhkli->bho", weight, square)
+            cell = torch.nn.functional.layer_norm(cell, (4,))
+            landmarks[:, :, i, j] = torch.nn.functional.gelu(cell)
+    out = soft_attention(query, query, value, landmarks.flatten(2, 3), scale=1.0)
+    assert_close(attend(x), attend.to_out(out.transpose(1, 2).flatten(-2)), **EXACT)
+
+
+def test_a_convolution_of_the_values_is_added_one_kernel_for_each_head():
+    plain, attend, x = module_of(ratio=2), module_of(ratio=2, value_conv=3), normal(2, 48, 16)
+    attend.load_state_dict(plain.state_dict(), strict=False)
+    image = heads_of(attend.to_value, x).reshape(2, 4, 6, 8, 4)
+    padded = torch.nn.functional.pad(image, (0, 0, 1, 1, 1, 1))
+    near = torch.zeros_like(image)
+    for i in range(3):
+        for j in range(3):
+            weight = attend.value_conv.weight[:, 0, i, j, None, None, None]
+            near = near + weight * padded[:, :, i : i + 6, j : j + 8]
+    added = near.flatten(2, 3).transpose(1, 2).flatten(-2)
+    assert_close(attend(x), plain(x) + added @ attend.to_out.weight.T, **EXACT)
+
+
+OPTIONS = (
+    {},
+    {"ratio": 2, "pooling": "conv", "value_conv": 3},
+    {"grid": None, "landmarks": 6, "normalised": True},
+    {"head_dim": 6, "bias": True, "newton": 12, "ridge": 0.1},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_state_dict_carries_everything_and_all_of_it_is_trained(options):
+    attend, other, x = module_of(**options), module_of(seed=1, **options), normal(2, 48, 16)
+    assert not torch.allclose(attend(x), other(x))
+    other.load_state_dict(attend.state_dict())
+    assert torch.equal(attend(x), other(x))
+    attend(x).square().sum().backward()
+    for name, parameter in attend.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_there_is_no_projection_of_keys():
+    names = {name for name, _ in module_of().named_parameters()}
+    assert names == {"to_query.weight", "to_value.weight", "to_out.weight"}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_module_compiles_and_exports(options):
+    torch._dynamo.reset()
+    # a few steps of the inverse are as many kinds of operation as twenty
+    attend, x = module_of(**options | {"newton": 3}), normal(2, 48, 16)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), attend(x), **EXACT)
+    upstream, parameters = normal(2, 48, 16, seed=1), list(attend.parameters())
+    got = torch.autograd.grad(compiled(x), parameters, upstream)
+    assert_close(got, torch.autograd.grad(attend(x), parameters, upstream), **EXACT)
+    exported = torch.export.export(attend, (x,)).module()
+    other = normal(2, 48, 16, seed=2)
+    assert_close(exported(other), attend(other), **EXACT)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3])
+def test_the_module_takes_half_precision_and_autocast(options):
+    attend, x = module_of(**options), normal(2, 48, 16)
+    exact = attend(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(attend.float()(x.float()).to(F64), exact, rtol=0.1, atol=0.1)
+    half = attend.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert_close(half.to(F64), exact, rtol=0.1, atol=0.1)
+
+
+def test_an_image_with_a_flaw_is_lost_whole_and_its_batch_mates_are_not():
+    attend, x = module_of(ratio=2), normal(3, 48, 16)
+    clean = attend(x)
+    for flaw in (torch.nan, torch.inf):
+        x[1, 7, 3] = flaw
+        out = attend(x)
+        assert out[1].isnan().all()
+        assert torch.equal(out[::2], clean[::2])
+
+
+def test_the_catalogue_makes_the_module_of_either():
+    for name, normalised in (("soft", False), ("soft-norm", True)):
+        attend = find(name).image_module(16, heads=4, grid=(4, 4))
+        assert attend.system == SOFT(normalised=normalised) == find(name).system
+        assert f"normalised={normalised}" in repr(attend)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": None, "ratio": 2}, r"need grid=\(h, w\); got grid=None, ratio=2"),
+        ({"grid": None, "value_conv": 3}, "value_conv=3"),
+        ({"grid": (6,)}, r"grid must be \(h, w\) of at least 1 each, got \(6,\)"),
+        ({"grid": (6, 0)}, r"got \(6, 0\)"),
+        ({"ratio": 4}, r"ratio must divide both sides of the grid \(6, 8\), got 4"),
+        ({"pooling": "conv"}, "pooling='conv' needs ratio"),
+        ({"pooling": "max"}, "pooling must be 'average' or 'conv', got 'max'"),
+        ({"value_conv": 4}, "odd kernel size, got 4"),
+        ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"landmarks": 0}, "SOFT needs landmarks >= 1, got 0"),
+        ({"newton": 0}, "at least 1 step, got 0"),
+    ],
+)
+def test_a_module_that_cannot_be_raises(options, message):
+    with pytest.raises(ValueError, match=message):
+        module_of(**options)
+
+
+def test_tokens_that_do_not_fit_the_module_raise():
+    with pytest.raises(ValueError, match="width 10 is not divisible by 4 heads"):
+        SOFTAttention(10, 4)
+    with pytest.raises(ValueError, match=r"expected \(B, T, 16\), got \(2, 48, 8\)"):
+        module_of()(normal(2, 48, 8))
+    with pytest.raises(ValueError, match=r"a grid of \(6, 8\) has 48 tokens, got 47"):
+        module_of()(normal(2, 47, 16))
+    with pytest.raises(ValueError, match="pooled from all tokens: visible must be None"):
+        module_of()(normal(2, 48, 16), torch.ones(2, 48, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"bool of shape \(B, T\) = \(2, 48\), got torch.bool"):
+        module_of(grid=None)(normal(2, 48, 16), torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="SOFT is not causal"):
+        module_of(grid=None)(normal(2, 48, 16), Visible(causal=True))

@@ -27,7 +27,7 @@ from aftermax.linear import (
 from aftermax.losses import cross_entropy, linear_cross_entropy
 
 # through landmarks
-from aftermax.lowrank import SOFT
+from aftermax.lowrank import SOFT, SOFTAttention
 from aftermax.modules import Attention
 from aftermax.positions import ALiBi, NoPositions, RoPE
 
@@ -81,6 +81,7 @@ __all__ = [
     "ReLUPower",
     "RoPE",
     "RowMap",
+    "SOFTAttention",
     "ScaleInvariantSoftmax",
     "Sigmoid",
     "Softmax",

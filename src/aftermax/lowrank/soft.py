@@ -25,10 +25,13 @@ Landmarks mix all positions, so that there is no causal form and no state to dec
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aftermax import scores
 from aftermax.blocks import no_autocast
@@ -278,6 +281,196 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(batch, kv_heads, heads // kv_heads * queries, width)
 
 
+class SOFTAttention(nn.Module):
+    """The papers' attention for images: queries are keys, and landmarks are pooled on the grid.
+
+    Args:
+        width: of the tokens, in and out.
+        heads: H.
+        grid: (h, w), the tokens being rows of an image one after the other; None = a sequence, with
+            means over its order as in `SOFT`.
+        ratio: a landmark for each ratio x ratio tokens of the grid (8, 4, 2, 1 in the papers'
+            stages, 49 landmarks in each). None = as many as `landmarks` allows, in the proportions
+            of the grid; 7 x 7 where it is square.
+        landmarks: at most so many, where there is no `ratio`.
+        pooling: "average", the mean (the default of 2110.11945), or "conv", what the authors' code
+            has: a convolution with kernel and stride `ratio`, shared by the heads, then LayerNorm
+            and GELU, after which a landmark is no mean of queries any more.
+        value_conv: kernel size of a depth-wise convolution of the values, one for each head, that
+            is added to the result; it is in the authors' code (9, 5, 3 in their first three stages)
+            and not in the equations. 0 = none.
+        newton, ridge, normalised: as in `SOFT`.
+        head_dim: width of a head; None = width / heads.
+        bias: of the three projections. The authors' have one; our other modules have none.
+
+    Shapes: `forward` takes (B, T, width), T = h * w, and returns the same. The authors' networks
+    have softmax in their last stage, where the grid is 7 x 7: that is no part of this module.
+
+    >>> attend = SOFTAttention(32, heads=4, grid=(8, 8), ratio=2)
+    >>> attend(torch.randn(2, 64, 32)).shape
+    torch.Size([2, 64, 32])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        grid: tuple[int, int] | None = None,
+        ratio: int | None = None,
+        landmarks: int = 49,
+        pooling: Literal["average", "conv"] = "average",
+        value_conv: int = 0,
+        newton: int = 20,
+        ridge: float = 0.01,
+        normalised: bool = False,
+        head_dim: int | None = None,
+        bias: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if heads < 1 or (head_dim is None and width % heads):
+            raise ValueError(f"width {width} is not divisible by {heads} heads; give head_dim")
+        if head_dim is not None and head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
+        _check_pooling(grid, ratio, pooling, value_conv)
+        self.heads, self.head_dim = heads, head_dim or width // heads
+        self.grid, self.ratio, self.pooling = grid, ratio, pooling
+        self.system = SOFT(landmarks, newton, ridge, normalised)
+
+        inner = heads * self.head_dim
+        self.to_query = nn.Linear(width, inner, bias, **factory)
+        self.to_value = nn.Linear(width, inner, bias, **factory)
+        self.to_out = nn.Linear(inner, width, bias, **factory)
+        self.landmark_conv = self.landmark_norm = self.value_conv = None
+        if pooling == "conv":
+            assert ratio is not None
+            self.landmark_conv = nn.Conv2d(
+                self.head_dim, self.head_dim, ratio, stride=ratio, bias=False, **factory
+            )
+            self.landmark_norm = nn.LayerNorm(self.head_dim, **factory)
+        if value_conv:
+            self.value_conv = nn.Conv2d(
+                heads, heads, value_conv, padding="same", groups=heads, bias=False, **factory
+            )
+
+    @property
+    def cells(self) -> tuple[int, int] | None:
+        """(rows, columns) of the grid of landmarks."""
+        if self.grid is None:
+            return None
+        height, width = self.grid
+        if self.ratio is not None:
+            return height // self.ratio, width // self.ratio
+        most = self.system.landmarks
+        if height * width <= most:
+            return height, width
+        rows = max(1, min(height, math.isqrt(most * height // width)))
+        return rows, min(width, most // rows)
+
+    def forward(self, x: Tensor, visible: Tensor | Visible | None = None) -> Tensor:
+        """(B, T, width) -> (B, T, width).
+
+        Args:
+            visible: for a sequence, as in `Attention`: None, a bool (B, T) mask of the tokens that
+                may be seen, or a `Visible`. On a grid all tokens are seen: None.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.to_query.in_features:
+            raise ValueError(f"expected (B, T, {self.to_query.in_features}), got {tuple(x.shape)}")
+        # the kernel's 1 / sqrt(d), half of it in each vector, as the authors' convolution has it
+        query = self._split(self.to_query(x)) * self.head_dim**-0.25
+        value = self._split(self.to_value(x))
+        if self.grid is None:
+            out = self.system.attend(query, query, value, _visible_of(x, visible), scale=1.0)
+        else:
+            out = self._attend_on_grid(query, value, visible)
+        return self.to_out(out.transpose(1, 2).flatten(-2))
+
+    def _attend_on_grid(self, query: Tensor, value: Tensor, visible) -> Tensor:
+        assert self.grid is not None
+        tokens = self.grid[0] * self.grid[1]
+        if query.shape[-2] != tokens:
+            raise ValueError(f"a grid of {self.grid} has {tokens} tokens, got {query.shape[-2]}")
+        if visible is not None:
+            raise ValueError("landmarks of a grid are pooled from all tokens: visible must be None")
+        dtype = query.dtype
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        landmarks = self.pooled(query).to(compute)
+        with no_autocast(query.device):
+            x = query.to(compute)
+            out = soft_attention(
+                x,
+                x,
+                value.to(compute),
+                landmarks,
+                scale=1.0,
+                newton=self.system.newton,
+                ridge=self.system.ridge,
+                normalised=self.system.normalised,
+            ).to(dtype)
+        if self.value_conv is None:
+            return out
+        # a kernel for each head, the same for all of its channels
+        image = value.unflatten(-2, self.grid).permute(0, 4, 1, 2, 3)
+        near = self.value_conv(image.flatten(0, 1)).unflatten(0, (image.shape[0], -1))
+        return out + near.flatten(-2).permute(0, 2, 3, 1)
+
+    def pooled(self, query: Tensor) -> Tensor:
+        """The landmarks, (B, H, m, D), of queries (B, H, h * w, D) on the grid."""
+        assert self.grid is not None
+        image = query.flatten(0, 1).unflatten(1, self.grid).permute(0, 3, 1, 2)
+        if self.landmark_conv is not None and self.landmark_norm is not None:
+            tokens = self.landmark_conv(image).flatten(-2).transpose(1, 2)
+            tokens = nn.functional.gelu(self.landmark_norm(tokens))
+        else:
+            wide = image if image.dtype == torch.float64 else image.float()
+            tokens = nn.functional.adaptive_avg_pool2d(wide, self.cells)
+            tokens = tokens.flatten(-2).transpose(1, 2)
+        return tokens.unflatten(0, query.shape[:2])
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        where = f"landmarks={self.cells}, pooling={self.pooling!r}"
+        return f"{self.system}, heads={self.heads}, grid={self.grid}, {where}"
+
+
+def _visible_of(x: Tensor, visible: Tensor | Visible | None) -> Visible:
+    if visible is None or isinstance(visible, Visible):
+        return visible or Visible()
+    if visible.dtype != torch.bool or visible.shape != x.shape[:2]:
+        raise ValueError(
+            f"visible as a mask of tokens must be bool of shape (B, T) = {tuple(x.shape[:2])}, "
+            f"got {visible.dtype} of shape {tuple(visible.shape)}"
+        )
+    return Visible(mask=visible[:, None, None])
+
+
+def _check_pooling(
+    grid: tuple[int, int] | None, ratio: int | None, pooling: str, value_conv: int
+) -> None:
+    if pooling not in ("average", "conv"):
+        raise ValueError(f"pooling must be 'average' or 'conv', got {pooling!r}")
+    if value_conv < 0 or (value_conv and value_conv % 2 == 0):
+        raise ValueError(f"value_conv must be 0 or an odd kernel size, got {value_conv}")
+    if grid is None:
+        if ratio is not None or pooling == "conv" or value_conv:
+            raise ValueError(
+                "ratio, pooling='conv' and value_conv are of two dimensions and need grid=(h, w); "
+                f"got grid=None, ratio={ratio}, pooling={pooling!r}, value_conv={value_conv}"
+            )
+        return
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid must be (h, w) of at least 1 each, got {grid}")
+    if pooling == "conv" and ratio is None:
+        raise ValueError("pooling='conv' needs ratio, its kernel and stride; got None")
+    if ratio is not None and (ratio < 1 or grid[0] % ratio or grid[1] % ratio):
+        raise ValueError(f"ratio must divide both sides of the grid {grid}, got {ratio}")
+
+
 _EXCEPTIONS = {
     "masks": "landmarks are pooled once for all queries, and its scores take no addend",
     "mask_gradients": "it takes masks that hide keys, which have no gradient",
@@ -303,6 +496,7 @@ ENTRY = Entry(
     laws=Laws(non_negative=False),
     exceptions=_EXCEPTIONS,
     causal=False,
+    image_module=SOFTAttention,
     claim="For images: 83.3 on ImageNet-1K at 87 M parameters; no claim about length.",
 )
 
@@ -320,5 +514,6 @@ NORMALISED = Entry(
     laws=Laws(non_negative=False),
     exceptions=_EXCEPTIONS,
     causal=False,
+    image_module=functools.partial(SOFTAttention, normalised=True),
     claim="For images, dense prediction as well: 83.4 on ImageNet-1K; no claim about length.",
 )
