@@ -472,14 +472,15 @@ def _check_pooling(
 
 
 _EXCEPTIONS = {
-    "masks": "landmarks are pooled once for all queries, and its scores take no addend",
-    "mask_gradients": "it takes masks that hide keys, which have no gradient",
+    "masks": "landmarks are pooled once for all queries, which must see the same keys",
+    "biases": "its kernel is no function of scores that a term could be added to",
+    "mask_gradients": "its kernel is no function of scores that a term could be added to",
     "later_keys": "it has no causal form: landmarks mix all positions",
     "prefix": "it has no causal form: landmarks mix all positions",
     "cached_decode": "it has no causal form, hence nothing to decode with",
     "cached_padding": "it has no causal form, hence nothing to decode with",
     "key_order": "beyond 49 keys the landmarks are means of neighbours",
-    "length_aware": "no addend of the scores could push a key away",
+    "length_aware": "no term added to a score could push a key away",
 }
 
 ENTRY = Entry(
