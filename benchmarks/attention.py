@@ -48,7 +48,7 @@ from interleaved import (
 from rich.console import Console
 from rich.table import Table
 
-from aftermax import CATALOGUE, kernels
+from aftermax import CATALOGUE, RowMap, kernels
 from aftermax.lab.cost import in_own_process, peak_mebibytes
 
 LENGTHS = (1024, 4096, 16384)
@@ -277,7 +277,7 @@ def measure_lengths(
 
 def _curve_contenders(shape: Shape, console: Console) -> Contenders:
     ways = {"SDPA/softmax": sdpa(shape)["SDPA"]}
-    for entry in CATALOGUE:
+    for entry in (e for e in CATALOGUE if isinstance(e.system, RowMap)):
         ways[f"{OURS}/{entry.name}"] = ours(entry.name, shape)
         if shape.tokens <= EAGER_UP_TO:
             ways[f"eager/{entry.name}"] = eager(entry.name, shape)

@@ -55,7 +55,8 @@ def main() -> None:
     print(f"{about['processor']}, torch {about['torch']}, Python {platform.python_version()}")
     print(f"T = {shape[0]}, H = {shape[1]}, D = {shape[2]}, float32, causal, forward and backward")
     print("peak extra memory in MiB:")
-    names = [entry.name for entry in aftermax.CATALOGUE] + ["SDPA"]
+    row_maps = (e for e in aftermax.CATALOGUE if isinstance(e.system, aftermax.RowMap))
+    names = [entry.name for entry in row_maps] + ["SDPA"]
     for name in names + (["whole"] if options.whole else []):
         print(f"  {name:16} {in_own_process(measure, name, *shape):7.0f}", flush=True)
 

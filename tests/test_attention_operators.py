@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from aftermax import (
-    CATALOGUE,
     LSSA,
     LSSAR,
     RowMap,
@@ -23,7 +22,7 @@ from aftermax import (
 )
 from aftermax.kernels.attention_ops import MAPS, schemas
 
-from .attention_cases import EPS, attend, every_entry
+from .attention_cases import EPS, ROW_MAPS, attend, every_entry
 from .cases import Case, case_of, gradients
 from .native import BF16, F16, F32, needs_kernels, normal
 
@@ -186,7 +185,7 @@ COMPILED = ("softmax", "lssar")  # each other one takes some seconds
     "entry",
     [
         pytest.param(e, id=e.name, marks=[] if e.name in COMPILED else pytest.mark.slow)
-        for e in CATALOGUE
+        for e in ROW_MAPS
     ],
 )
 def test_torch_compile_takes_sizes_that_change_forward_and_backward(entry):

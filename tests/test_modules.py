@@ -16,6 +16,7 @@ from aftermax import (
     Attention,
     ReLA,
     RoPE,
+    RowMap,
     Sigmoid,
     Softmax,
     SoftmaxSink,
@@ -24,6 +25,9 @@ from aftermax import (
 )
 
 every_entry = pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+every_row_map = pytest.mark.parametrize(
+    "entry", [e for e in CATALOGUE if isinstance(e.system, RowMap)], ids=lambda entry: entry.name
+)
 every_position = pytest.mark.parametrize("positions", ["rope", "p-rope", "alibi", "none"])
 
 
@@ -49,7 +53,7 @@ def decode(attend: Attention, x: torch.Tensor, cuts: list[int], seen=None) -> to
 # what it computes
 
 
-@every_entry
+@every_row_map
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_it_is_projections_positions_and_the_function(entry, kv_heads):
     attend, x = module_of(entry.system, kv_heads=kv_heads), tokens()
@@ -205,7 +209,7 @@ def test_a_cache_of_half_the_heads_is_half_as_large():
 
 @every_entry
 def test_what_is_learned_is_registered_and_trained(entry):
-    attend = module_of(entry.system)
+    attend = module_of(entry.system, causal=entry.causal)
     learned = attend.system.learned(4, 4, 4)
     names = {name for name, _ in attend.named_parameters()}
     assert {f"learned.{name}" for name in learned} <= names
@@ -218,11 +222,13 @@ def test_what_is_learned_is_registered_and_trained(entry):
 
 @every_entry
 def test_a_state_dict_and_a_copy_carry_everything(entry):
-    attend, x = module_of(entry.system, positions="alibi", qk_norm=True), tokens()
+    positions = "rope" if "biases" in entry.exceptions else "alibi"
+    options = {"causal": entry.causal, "positions": positions, "qk_norm": True}
+    attend, x = module_of(entry.system, **options), tokens()
     with torch.no_grad():
         for parameter in attend.parameters():
             parameter.add_(0.1)
-    other = module_of(entry.system, seed=9, positions="alibi", qk_norm=True)
+    other = module_of(entry.system, seed=9, **options)
     assert not torch.equal(other(x), attend(x))
     other.load_state_dict(attend.state_dict())
     assert torch.equal(other(x), attend(x))
