@@ -290,7 +290,7 @@ def test_twenty_steps_suffice_where_the_landmarks_are_far_apart(
 
 
 def unguarded(matrix: torch.Tensor, steps: int) -> torch.Tensor:
-    inverse = 0.9 * 2 / matrix.abs().sum(0).max() ** 2 * matrix
+    inverse = 0.9 * 2 / matrix.detach().abs().sum(0).max() ** 2 * matrix
     for _ in range(steps):
         inverse = 2 * inverse - inverse @ matrix @ inverse
     return inverse
@@ -347,6 +347,28 @@ def test_where_it_has_converged_the_backward_pass_is_that_of_the_inverse():
         exact = torch.linalg.inv(matrix + ridge * identity)
         (expected,) = torch.autograd.grad(exact, matrix, upstream)
         assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_where_steps_are_missing_the_backward_pass_is_off():
+    # as newton_inverse says: by 2 % here, and by nothing ten steps later
+    x, value, upstream = 0.3 * normal(49, 32), normal(49, 8, seed=3), normal(49, 8, seed=4)
+    x.requires_grad_()
+    for steps, low, high in ((20, 0.01, 0.03), (30, 0, 1e-9)):
+        ridged = gaussian(x, x, 32**-0.5) + 0.01 * torch.eye(49, dtype=F64)
+        both = newton_inverse(ridged, steps), unguarded(ridged, steps)
+        assert relative(*both) < 1e-12
+        got, expected = (
+            torch.autograd.grad(y @ value, x, upstream, retain_graph=True)[0] for y in both
+        )
+        assert low <= relative(got, expected) < high
+
+
+def test_thirty_steps_invert_any_forty_nine_landmarks_with_the_default_ridge():
+    # the worst that there is: all of them the same
+    ones = torch.ones(49, 49, dtype=F64)
+    exact = torch.linalg.inv(ones + 0.01 * torch.eye(49, dtype=F64))
+    assert relative(newton_inverse(ones, 20, 0.01), exact) > 0.5
+    assert relative(newton_inverse(ones, 30, 0.01), exact) < 1e-9
 
 
 def test_its_gradients_and_theirs_are_the_derivatives():

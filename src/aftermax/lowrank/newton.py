@@ -52,7 +52,9 @@ def newton_inverse(
 
     The backward pass is that of the inverse, not of the steps: -Y^T G Y^T with Y alone kept, as in
     the paper. That is the derivative where A + ridge I is invertible and the steps have converged.
-    For a singular A without a ridge it is not the derivative of the pseudo-inverse.
+    For a singular A without a ridge it is not the derivative of the pseudo-inverse, and where
+    steps are missing it is not that of what was computed: for 49 Gaussian landmarks of 32 numbers
+    with deviation 0.3, twenty steps and a ridge of 0.01, a gradient is off by 2 %.
 
     Raises:
         ValueError: for what is no stack of square floating-point matrices, steps < 1, ridge < 0.

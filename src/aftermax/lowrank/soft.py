@@ -105,9 +105,11 @@ class SOFT:
     papers pool in two dimensions, see `SOFTAttention`.
 
     Args:
-        landmarks: 49 in all stages of the paper (section 4.1; its ablation finds 36 to 81 alike).
-        newton: steps of the inverse, 20 (algorithm 2). Check with `newton_inverse(...,
-            return_residual=True)` whether they suffice.
+        landmarks: 49 in all stages of the paper (ImageNet accuracy of its smallest network with 36,
+            49, 64, 81: 79.0, 79.3, 79.3, 78.9).
+        newton: steps of the inverse, 20 (algorithm 2), which suffice where landmarks are apart:
+            `newton_inverse(..., return_residual=True)` tells. With 49 landmarks and the default
+            ridge 30 always do, since |A|_1 <= 49 and (1 - 1.8 (0.01 / 49)^2)^(2^30) = e^-80.
         ridge: added to the diagonal of A, 0.01 as in the authors' code; the papers have none. See
             the head of this file.
         normalised: D^-1/2 on both sides of the inverse (SOFT++).
