@@ -47,7 +47,6 @@ def soft_attention(
     value: Tensor,
     landmarks: Tensor,
     *,
-    seen: Tensor | None = None,
     filled: Tensor | None = None,
     scale: float | None = None,
     newton: int = 20,
@@ -58,9 +57,8 @@ def soft_attention(
 
     Args:
         query: (..., Tq, D).
-        key, value: (..., Tk, D), (..., Tk, Dv), finite where they are not seen too.
+        key, value: (..., Tk, D), (..., Tk, Dv). A key whose value is 0 adds nothing.
         landmarks: (..., m, D).
-        seen: bool (..., Tk, 1), the keys that count; None = all.
         filled: bool (..., m, 1), the landmarks that there are; the others change nothing.
         scale: s in kappa(x, y) = exp(-s |x - y|^2 / 2); None = 1 / sqrt(D).
         newton, ridge, normalised: as in `SOFT`.
@@ -77,13 +75,9 @@ def soft_attention(
     to_landmarks = scores.gaussian(query, landmarks, scale)
     from_landmarks = scores.gaussian(key, landmarks, scale).transpose(-1, -2)
     among = scores.gaussian(landmarks, landmarks, scale)
-    if seen is not None:
-        from_landmarks = from_landmarks * seen.transpose(-1, -2)
     if filled is not None:
-        present = filled.transpose(-1, -2)
-        to_landmarks = to_landmarks * present
         from_landmarks = from_landmarks * filled
-        among = among * (filled & present)
+        among = among * (filled & filled.transpose(-1, -2))
     # kappa(x, x) = 1, without the rounding of |x - x|; and an empty landmark is a row of I
     among = among.masked_fill(torch.eye(among.shape[-1], dtype=torch.bool, device=key.device), 1)
 
@@ -194,7 +188,6 @@ class SOFT:
                 key,
                 value,
                 landmarks,
-                seen=seen,
                 filled=filled,
                 scale=scale,
                 newton=self.newton,
