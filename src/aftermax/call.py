@@ -93,6 +93,7 @@ def four_dimensions(x: Tensor) -> Tensor:
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Raise ValueError for (B, H, T, D) tensors that do not belong together."""
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ValueError(
             "query, key and value need one floating-point dtype, "
