@@ -58,7 +58,8 @@ class Cottention(Separable):
             query = scale * query
         power = torch.sigmoid(learned["m"].to(query.dtype))[:, None]
         if self.scale_side == "row":
-            return Separated(query / (places.count.clamp_min(1) ** power)[..., None], key, value)
+            divisor = places.count.clamp_min(1) ** power
+            return Separated(query / divisor[..., None], key, value, divisor=divisor)
         if places.of_keys is None:
             raise ValueError(
                 "cottention with scale_side='value' needs as many queries as keys: a value is"

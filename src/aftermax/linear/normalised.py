@@ -39,7 +39,8 @@ class Normalised(Separable):
     def separate(self, query, key, value, places: Places, scale, **learned: Tensor) -> Separated:
         log_normaliser = (query * learned["w"].to(query.dtype)[:, None]).sum(-1, keepdim=True)
         query = query * torch.exp(-log_normaliser)
-        return Separated(query if scale is None else scale * query, key, value)
+        query = query if scale is None else scale * query
+        return Separated(query, key, value, divisor=log_normaliser.exp()[..., 0])
 
 
 class NormalisedAttention(nn.Module):

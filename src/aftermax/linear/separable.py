@@ -62,6 +62,9 @@ class Separated:
     key: Tensor  # (B, Hkv, Tk, F)
     value: Tensor  # (B, Hkv, Tk, Dv)
     rate: Tensor | None = None  # (H,)
+    divisor: Tensor | None = None
+    """(B|1, H, Tq): what the query was divided by that belongs to its row, for those who want to
+    know (`aftermax.dynamics`)."""
 
 
 @dataclass(frozen=True)
