@@ -9,6 +9,9 @@ from aftermax.catalogue import CATALOGUE, Entry, find
 # the same with projections, positions and a cache
 from aftermax.dense import Dense, KeyValues, System
 
+# the same as h_i = Lambda_i h_{i-1} + B_i u_i, y_i = C_i h_i + D_i u_i
+from aftermax.dynamics import DynamicalSystem, as_dynamical_system
+
 # the same with a state of one size, and the modules of its papers
 from aftermax.linear import (
     CosFormer,
@@ -67,6 +70,7 @@ __all__ = [
     "CosineSoftmax",
     "Cottention",
     "Dense",
+    "DynamicalSystem",
     "Entry",
     "InLine",
     "InLineAttention",
@@ -92,6 +96,7 @@ __all__ = [
     "TransNormerBlock",
     "Visible",
     "__version__",
+    "as_dynamical_system",
     "attention",
     "attention_weights",
     "cross_entropy",
