@@ -87,8 +87,8 @@ def as_dynamical_system(
 
     Raises:
         ValueError: for what has no such form (row maps but softmax, attention that sees later
-            tokens, windows, ALiBi, biases of values), with the reason; for shapes and dtypes that
-            do not fit.
+            tokens, windows, ALiBi, biases of values), with the reason; for a normaliser of 0 in the
+            gauge "state"; for shapes and dtypes that do not fit.
 
     >>> from aftermax import Linear
     >>> attend = Attention(8, heads=2, weights=Linear(), positions="none").double()

@@ -71,8 +71,8 @@ class DynamicalSystem:
     own: Tensor = field(repr=False)
     """(L, d_out): what the mixer itself gives, in its own code."""
     context: Literal["step", "history"] = "step"
-    """Whether Lambda_i, B_i and C_i depend on u_i (and i) alone, or on earlier tokens as well, as
-    where a row is divided by the sum of its weights."""
+    """Whether B_i and C_i depend on u_i (and on i) alone, and Lambda_i too but for the normaliser
+    of the row before; or on all tokens so far, as where a row is divided by its sum."""
     gauge: Gauge = "state"
     """Where the normaliser of a row stands: in Lambda and B ("state") or in C ("output"). Where
     there is none the two are the same."""

@@ -86,9 +86,9 @@ def _refuse(module: Attention, taylor_degree: int | None, exact_horizon: bool) -
         raise ValueError(f"{name} is neither a linear system nor softmax: it has no known form")
     if system.weights != Softmax():
         raise ValueError(
-            f"{system.weights!r} is no product of finitely many features of query and key, nor,"
-            " like softmax, the limit of a series of such that we know: it has no form with a"
-            " state of one size"
+            "of the row maps only Softmax() has a form here, its series cut short or a state with"
+            f" all keys; got {system.weights!r}, whose weights are no product of finitely many"
+            " features of query and key"
         )
     if (taylor_degree is None) is not exact_horizon:
         raise ValueError(
@@ -107,14 +107,18 @@ def _separable(module: Attention, system: Separable, u: Tensor, gauge: Gauge) ->
     query, key, value = module.project(u[None], 0)  # (1, H|Hkv, L, D)
     learned = {name: x.clone() for name, x in module.learned.items()}
     to_out = module.to_out.weight.clone()
-    one = value.new_ones(*value.shape[:-1], 1)
     places = _places(system, key, module.heads)
-    # values are ones: what comes back is the factor that token j's value has got
-    parts = system.separate(query, key, one, places, module.scale, **learned)
-    query = parts.query
-    key, factor = (
-        x.repeat_interleave(module.heads // x.shape[1], 1) for x in (parts.key, parts.value)
+    parts = system.separate(query, key, value, places, module.scale, **learned)
+    # of ones comes back what a token's value is multiplied by
+    ones = value.new_ones(*value.shape[:-1], 1)
+    factor = system.separate(query, key, ones, places, module.scale, **learned).value
+    factor, key, new, value = (
+        x.repeat_interleave(module.heads // x.shape[1], 1)
+        for x in (factor, parts.key, parts.value, value)
     )
+    if not torch.allclose(new, factor * value):
+        raise ValueError(f"{type(system).__name__} does more to a value than multiply it")
+    query = parts.query
 
     total = None
     if system.totals:
