@@ -246,6 +246,8 @@ def made(make):
     module = make().double()
     if isinstance(module, QuasiLSTM) and module.alpha is not None:
         module.alpha.data.fill_(1.7)
+    if isinstance(module, S6 | SSD):
+        module.skip.data = normal(len(module.skip), seed=30)
     if isinstance(module, MLSTM):
         module.to_query.weight.data *= 10  # |n . q| on either side of 1
     return module

@@ -93,8 +93,23 @@ class Stranger(Separable):
         return divided(out, total, 0.01)
 
 
+@dataclass(frozen=True)
+class Gated(Plain):
+    """What follows the sum is learned, and not linear."""
+
+    def learned(self, heads, key_dim, value_dim):
+        return {"gate": torch.ones(heads, value_dim)}
+
+    def finish(self, out, total, **learned):
+        return out * torch.sigmoid(learned["gate"][:, None] * out)
+
+
 SEPARABLE = [e for e in CATALOGUE if isinstance(e.system, Separable)]
-SYSTEMS = {e.name: e.system for e in SEPARABLE} | {"plain": Plain(), "stranger": Stranger()}
+SYSTEMS = {e.name: e.system for e in SEPARABLE} | {
+    "plain": Plain(),
+    "stranger": Stranger(),
+    "gated": Gated(),
+}
 
 
 @pytest.mark.parametrize("gauge", ["state", "output"])
@@ -107,6 +122,7 @@ def test_every_linear_system_has_its_form(name, gauge):
         module = attend_with(SYSTEMS[name], **options)
         form = as_dynamical_system(module, normal(1, LENGTH, WIDTH, seed=4), gauge=gauge)
         assert form.check() < 1e-12
+        assert (form.after is not None) is (name.startswith("transnormer") or name == "gated")
         assert_close(torch.einsum("ijod,jd->io", form.phi(), form.u), form.run(), **EXACT)
         features, values = module.system.state_shape(module.head_dim, module.head_dim)
         assert form.state_dim == module.heads * features * (values - module.system.totals)

@@ -288,8 +288,9 @@ def _joined(out: Tensor) -> Tensor:
 
 def _into(module: Attention | NormalisedAttention) -> Tensor:
     """W_V, (H, V, d)."""
-    weight = module.to_value.weight.clone()  # a value, whatever becomes of the module
+    weight = module.to_value.weight
     groups = module.heads // getattr(module, "kv_heads", module.heads)
+    # which copies: the form is a value, whatever becomes of the module
     return weight.unflatten(0, (module.heads // groups, -1)).repeat_interleave(groups, 0)
 
 
