@@ -10,7 +10,7 @@ KERNELS := src/aftermax/kernels
 LIBRARY := $(KERNELS)/libaftermax.so
 NATIVE := CMakeLists.txt $(wildcard $(KERNELS)/cpu/*)
 
-.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention docs figures clean
+.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
 	$(BIN)/aftermax compare quick
@@ -50,6 +50,9 @@ bench-rows: .venv/dev.done kernels  ## the row kernels against torch and the mac
 
 bench-attention: .venv/lab.done kernels  ## attention on the kernels against torch and the machine's multipliers
 	$(BIN)/python benchmarks/attention.py
+
+bench-linear: .venv/lab.done kernels  ## the linear walk against chunk loops in torch, and against T
+	$(BIN)/python benchmarks/linear.py
 
 figures: .venv/lab.done   ## redraw the figures and tables of README and docs from docs/results
 	$(BIN)/python docs/make_figures.py

@@ -4,6 +4,7 @@
     aftermax export --to docs/results/standard.parquet
     python benchmarks/rows.py --save docs/results/rows.json
     python benchmarks/attention.py --save docs/results/attention.json
+    python benchmarks/linear.py --save docs/results/linear.json
     make figures
 
 What stands between `<!-- name -->` and `<!-- /name -->` in README.md and docs/*.md is written here;
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kernel_results
+import linear_results
 import matplotlib
 from matplotlib import pyplot as plt
 
@@ -36,6 +38,7 @@ PAGES = (
     DOCS / "systems.md",
     DOCS / "kernels.md",
     DOCS / "attention_kernels.md",
+    DOCS / "linear.md",
 )
 
 
@@ -98,6 +101,10 @@ def of_attention(block: Callable[[], str]) -> Callable[[Results], str]:
     return lambda _: block() if kernel_results.ATTENTION.exists() else "Not measured yet."
 
 
+def of_linear(block: Callable[[], str]) -> Callable[[Results], str]:
+    return lambda _: block() if linear_results.LINEAR.exists() else "Not measured yet."
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "attention-summary": of_attention(kernel_results.attention_summary),
     "attention-targets": of_attention(kernel_results.attention_targets),
@@ -110,6 +117,11 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
             "![Extra memory over T](figures/attention_memory.png)"
         )
     ),
+    "linear-targets": of_linear(linear_results.linear_targets),
+    "linear-exponents": of_linear(linear_results.linear_exponents),
+    "linear-crossing": of_linear(linear_results.linear_crossing),
+    "linear-decode": of_linear(linear_results.linear_decode),
+    "linear-machine": of_linear(lambda: kernel_results.machine(linear_results.LINEAR)),
     "row-targets": lambda _: kernel_results.row_targets(("avx512",)),
     "row-targets-all": lambda _: kernel_results.row_targets(("avx512", "avx2")),
     "row-algorithms": lambda _: kernel_results.row_algorithms(),
@@ -157,6 +169,8 @@ def main() -> None:
             if kernel_results.ATTENTION.exists():
                 ours["attention_lengths"] = kernel_results.attention_lengths()
                 ours["attention_memory"] = kernel_results.attention_memory()
+            if linear_results.LINEAR.exists():
+                ours["linear_lengths"] = linear_results.linear_lengths()
         plots.save(ours | plots.draw(results), DOCS / "figures")
 
 

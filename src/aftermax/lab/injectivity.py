@@ -29,7 +29,7 @@ full rank says that there is no confusion near by.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def rows(system: RowMap | System, queries: Tensor, keys: Tensor, **learned: Tens
     return torch.cat([_rows(system, part, keys, learned) for part in queries.split(BLOCK)])
 
 
-def _rows(system, queries: Tensor, keys: Tensor, learned: dict[str, Tensor]) -> Tensor:
+def _rows(system, queries: Tensor, keys: Tensor, learned: dict[str, Any]) -> Tensor:
     number, places = len(queries), len(keys)
     key = keys.expand(number, 1, -1, -1)
     if isinstance(system, RowMap):
