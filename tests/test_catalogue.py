@@ -61,7 +61,8 @@ def test_what_is_learned_starts_the_same_for_every_head_in_float32(entry: Entry)
     for start in as_system(entry.system).learned(3, 5, 5).values():
         assert start.dtype == torch.float32
         assert start.shape[0] == 3
-        assert torch.equal(start, start[:1].expand_as(start))
+        if entry.name != "transnormer-lrpe":  # whose angles run on from head to head
+            assert torch.equal(start, start[:1].expand_as(start))
 
 
 def test_an_unknown_name_lists_those_that_there_are():

@@ -58,15 +58,15 @@ def backward(
             " impl='reference' has"
         )
     query, key, value, rate, state = ctx.saved_tensors
-    zeros = query.new_zeros
-    grad = zeros((*query.shape[:3], value.shape[-1])) if grad is None else _side_by_side(grad)
-    if of_total is None:
-        of_total = zeros(query.shape[:3] if ctx.totals else (0,))
-    of_new_state = query.new_empty((0,)) if of_new_state is None else of_new_state.contiguous()
+    totals = query.shape[:3] if ctx.totals else (0,)
+    grads = (
+        query.new_zeros(*query.shape[:3], value.shape[-1]) if grad is None else _side_by_side(grad),
+        query.new_zeros(totals) if of_total is None else of_total.contiguous(),
+        query.new_empty(0) if of_new_state is None else of_new_state.contiguous(),
+    )
     of_query, of_key, of_value, of_state = torch.ops.aftermax.linear_walk_backward.default(
-        grad, of_total.contiguous(), of_new_state,
-        query, key, value, rate, state, ctx.totals,
-    )  # fmt: skip
+        *grads, query, key, value, rate, state, ctx.totals
+    )
     return of_query, of_key, of_value, None, of_state, None
 
 
