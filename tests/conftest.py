@@ -7,7 +7,11 @@ import torch
 from aftermax import kernels
 
 pytest.register_assert_rewrite(
-    "tests.attention_cases", "tests.contract", "tests.linear_layer", "tests.row_cases"
+    "tests.attention_cases",
+    "tests.contract",
+    "tests.linear_cases",
+    "tests.linear_layer",
+    "tests.row_cases",
 )
 
 # the same examples on every run: a red test is red for everyone, and timing is no verdict
