@@ -11,7 +11,8 @@ from aftermax.catalogue import CATALOGUE
 from aftermax.lab import train as loop
 from aftermax.lab.data.recall import TASKS
 from aftermax.lab.store import Row, Store
-from aftermax.lab.train import batch, build, learning_rate, load, recall_rows, save, train
+from aftermax.lab.text import recall_rows
+from aftermax.lab.train import batch, build, learning_rate, load, save, train
 
 from .lab_work import open_store, prepared, run_of, tiny_work, write_texts
 

@@ -18,26 +18,25 @@ from pathlib import Path
 
 import torch
 
-from aftermax.lab.data.corpus import Corpus
 from aftermax.lab.store import Row
+from aftermax.lab.tasks import Data, task_of
 from aftermax.lab.train import batch, build, train_step
 from aftermax.lab.work import Run
 
 ROUNDS, STEPS_A_ROUND = 5, 4
-MEMORY_BATCH = 4
 
 
-def training_speed(runs: list[Run], corpus: Corpus) -> dict[str, list[Row]]:
+def training_speed(runs: list[Run], data: Data) -> dict[str, list[Row]]:
     """Tokens per second of a training step, and the ratio to the first run's, by system."""
     torch.set_num_threads(runs[0].work.threads)
-    built = {run.system: build(run, corpus) for run in runs}
+    built = {run.system: build(run, data) for run in runs}
     tokens = runs[0].work.batch * runs[0].work.context
     seconds: dict[str, list[float]] = {run.system: [] for run in runs}
     for _ in range(ROUNDS + 1):  # the first warms up
         for run in runs:
             start = time.perf_counter()
             for step in range(STEPS_A_ROUND):
-                train_step(*built[run.system], batch(run, corpus, step), run, step)
+                train_step(*built[run.system], batch(run, data, step), run, step)
             seconds[run.system].append((time.perf_counter() - start) / STEPS_A_ROUND)
     first = seconds[runs[0].system][1:]
     context = runs[0].work.context
@@ -53,10 +52,10 @@ def training_speed(runs: list[Run], corpus: Corpus) -> dict[str, list[Row]]:
     return out
 
 
-def training_memory(run: Run, corpus: Corpus) -> list[Row]:
+def training_memory(run: Run, data: Data) -> list[Row]:
     """MiB that one training step of the longest length adds at its peak, in a fresh process."""
     try:
-        mebibytes = in_own_process(_peak, run, corpus.folder)
+        mebibytes = in_own_process(_peak, run, data.folder)
     except EOFError:
         raise RuntimeError(f"the memory of {run.system} could not be measured") from None
     return [Row(0, run.work.lengths[-1], "peak_mebibytes", mebibytes)]
@@ -110,16 +109,8 @@ def _largest_ever() -> float:
 
 def _peak(run: Run, folder: Path) -> float:
     torch.set_num_threads(run.work.threads)
-    corpus = Corpus.open(folder)
-    model, optimiser = build(run, corpus)
-    train_step(model, optimiser, batch(run, corpus, 0), run, 0)  # the optimiser's own memory
-    generator = torch.Generator().manual_seed(0)
-    length = run.work.lengths[-1] + 1
-    tokens = corpus.random_windows("train", MEMORY_BATCH, length, generator)
-
-    def step() -> None:
-        logits = model.logits(model(tokens[:, :-1])[:, -run.work.targets :])
-        wanted = tokens[:, -run.work.targets :]
-        torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted).backward()
-
-    return peak_mebibytes(step)
+    task = task_of(run.work)
+    data = task.open_data(folder)
+    model, optimiser = build(run, data)
+    train_step(model, optimiser, batch(run, data, 0), run, 0)  # the optimiser's own memory
+    return peak_mebibytes(task.largest_step(run, model, data))

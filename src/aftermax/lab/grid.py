@@ -18,41 +18,38 @@ import torch
 from rich.console import Console
 
 from aftermax.lab.cost import training_memory, training_speed
-from aftermax.lab.data.corpus import Corpus, prepare
 from aftermax.lab.progress import Board
 from aftermax.lab.store import Store
+from aftermax.lab.tasks import Data, task_of
 from aftermax.lab.train import train
-from aftermax.lab.work import SEARCH_SEED, Run, Work, digest
+from aftermax.lab.work import SEARCH_SEED, AnyWork, Run, digest
 
 WIDENINGS = 2
 """How often a search whose best rate lies at an edge of the tried ones goes on beyond it."""
 
 
-def compare(work: Work, preset: str, out: Path, workers: int | None, console: Console) -> str:
+def compare(work: AnyWork, preset: str, out: Path, workers: int | None, console: Console) -> str:
     """Train and measure every system of a work; its id in the store.
 
     Interrupted at any moment (Ctrl-C, a kill, a power cut), the same call goes on where it was.
 
     Args:
-        out: folder of the store, the tokens and the checkpoints.
+        out: folder of the store, the data and the checkpoints.
         workers: runs at the same time; None = as many as the cores hold.
     """
-    length = work.lengths[-1] + 1
-    corpus = prepare(
-        work.data, work.tokenizer, work.vocabulary, work.context + 1, length, out / "data"
-    )
-    size = sum(len(corpus.tokens(split)) for split in ("train", "tune", "validation"))
-    console.print(f"text: {corpus.name}, {size / 1e6:.1f} million tokens", highlight=False)
+    task = task_of(work)
+    data = task.prepare(work, out / "data")
+    about = task.about(data)
+    console.print(task.told(about), highlight=False)
     if workers is None:
         workers = max(1, _cores() // work.threads)
     if workers < 1:
         raise ValueError(f"--workers must be at least 1, got {workers}")
     with Store(out / "store.sqlite") as store:
-        name = digest(work.settings() | {"data_digest": corpus.digest})
-        about = {"name": corpus.name, "digest": corpus.digest, "tokens": size}
+        name = digest(work.settings() | {"data_digest": data.digest})
         store.add_work(name, preset, work.settings(), machine(), about)
         with Board(console, store) as board:
-            grid = _Grid(work, name, corpus, store, out, workers, board)
+            grid = _Grid(work, name, data, store, out, workers, board)
             rates = grid.search()
             grid.train(rates)
             grid.measure_cost(rates)
@@ -86,15 +83,15 @@ class _Grid:
 
     def __init__(
         self,
-        work: Work,
+        work: AnyWork,
         name: str,
-        corpus: Corpus,
+        data: Data,
         store: Store,
         out: Path,
         workers: int,
         board: Board,
     ):
-        self.work, self.name, self.corpus, self.store = work, name, corpus, store
+        self.work, self.name, self.data, self.store = work, name, data, store
         self.out, self.workers, self.board = out, workers, board
 
     def search(self) -> dict[str, float]:
@@ -109,7 +106,7 @@ class _Grid:
         asked = {system: sorted(self.work.learning_rates) for system in self.work.systems}
         for _ in range(1 + WIDENINGS):
             runs = [
-                Run(self.work, system, SEARCH_SEED, rate, "search", self.corpus.digest)
+                Run(self.work, system, SEARCH_SEED, rate, "search", self.data.digest)
                 for system, rates in asked.items()
                 for rate in rates
             ]
@@ -130,7 +127,7 @@ class _Grid:
     def train(self, rates: dict[str, float]) -> None:
         """Seed by seed, so that a first picture of every system comes early."""
         runs = [
-            Run(self.work, system, seed, rates[system], "train", self.corpus.digest)
+            Run(self.work, system, seed, rates[system], "train", self.data.digest)
             for seed in self.work.seeds
             for system in self.work.systems
         ]
@@ -139,7 +136,7 @@ class _Grid:
     def measure_cost(self, rates: dict[str, float]) -> None:
         """Speed and memory; measured once, when nothing else of ours runs."""
         runs = [
-            Run(self.work, system, self.work.seeds[0], rates[system], "train", self.corpus.digest)
+            Run(self.work, system, self.work.seeds[0], rates[system], "train", self.data.digest)
             for system in self.work.systems
         ]
         # the speed of a system is a ratio to the first one's, so they are measured as one
@@ -150,11 +147,11 @@ class _Grid:
                 self.store.add_run(self.name, name, "cost", system, None, None, {})
             return
         self.board.say("cost: speed side by side, then memory")
-        rows = training_speed(runs, self.corpus)
+        rows = training_speed(runs, self.data)
         for run in runs:
             name = names[run.system]
             self.store.add_run(self.name, name, "cost", run.system, None, None, run.settings())
-            measured = rows[run.system] + training_memory(run, self.corpus)
+            measured = rows[run.system] + training_memory(run, self.data)
             self.store.write(name, measured, done=True)
 
     def _tuning_loss(self, run: Run) -> float:
@@ -181,7 +178,7 @@ class _Grid:
             try:
                 with _interrupt_held():  # workers inherit this: a Ctrl-C is the parent's alone
                     for run in waiting:
-                        given = (run, self.corpus.folder, self.store.path, self.out / "runs")
+                        given = (run, self.data.folder, self.store.path, self.out / "runs")
                         futures[pool.submit(_work, *given)] = run
                 pending = set(futures)
                 while pending:
@@ -244,6 +241,6 @@ def _proceed() -> bool:
     return True
 
 
-def _work(run: Run, corpus: Path, store: Path, folder: Path) -> None:
+def _work(run: Run, data: Path, store: Path, folder: Path) -> None:
     with Store(store) as opened:
-        train(run, Corpus.open(corpus), opened, folder, lambda: _proceed())
+        train(run, task_of(run.work).open_data(data), opened, folder, lambda: _proceed())

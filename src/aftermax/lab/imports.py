@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftermax.lab.store import COLUMNS, Row, Store
-from aftermax.lab.work import Run, Work, digest, work_of
+from aftermax.lab.tasks import work_of
+from aftermax.lab.work import AnyWork, Run, digest
 
 
 class Imported(NamedTuple):
@@ -65,7 +66,7 @@ def import_into(store: Store, path: Path) -> Imported:
     return Imported(name, about["preset"], done, len(of_run) - done, foreign)
 
 
-def _complete(work: Work, kind: str, records: list[dict]) -> bool:
+def _complete(work: AnyWork, kind: str, records: list[dict]) -> bool:
     """Whether the run came to its end: the rows of its end are written all at once."""
     found = {(r["measure"], r["length"]) for r in records}
     measures = {measure for measure, _ in found}
@@ -75,4 +76,4 @@ def _complete(work: Work, kind: str, records: list[dict]) -> bool:
         return True
     if kind == "search":
         return "tuning_loss" in measures
-    return {("truncated_loss", length) for length in work.lengths} <= found
+    return {(work.final, length) for length in work.lengths} <= found

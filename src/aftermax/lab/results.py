@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from aftermax.lab.imports import read_export
 from aftermax.lab.store import Store
-from aftermax.lab.work import Arm, Work, arm, work_of
+from aftermax.lab.tasks import work_of
+from aftermax.lab.work import Arm, Work, arm
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t at 97.5% for 1 to 10 degrees of freedom, the half-width of a 95% interval."""

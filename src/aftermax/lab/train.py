@@ -15,20 +15,16 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aftermax.lab.data.corpus import Corpus
-from aftermax.lab.data.recall import TRAINING_TASKS
-from aftermax.lab.measure import evaluate, tuning_loss
-from aftermax.lab.models import DecoderLM
 from aftermax.lab.store import Row, Store
-from aftermax.lab.work import Run, Work
+from aftermax.lab.tasks import Data, task_of
+from aftermax.lab.work import AnyWork, Run
 
 CHECKPOINT_EVERY = 100
 """Steps between checkpoints; any value gives the same numbers."""
@@ -38,7 +34,7 @@ LOG_EVERY = 20
 
 def train(
     run: Run,
-    corpus: Corpus,
+    data: Data,
     store: Store,
     folder: Path,
     proceed: Callable[[], bool] = lambda: True,
@@ -57,7 +53,7 @@ def train(
         if store.status(run.id) == "done":
             return True
         store.begin(run.id)
-        model, optimiser = build(run, corpus)
+        model, optimiser = build(run, data)
         checkpoint = folder / run.id / "checkpoint.safetensors"
         step = load(checkpoint, model, optimiser) if checkpoint.exists() else 0
         log: list[Row] = []
@@ -67,7 +63,7 @@ def train(
                     store.write(run.id, log)
                     save(checkpoint, model, optimiser, step)
                 return False
-            loss = train_step(model, optimiser, batch(run, corpus, step), run, step)
+            loss = train_step(model, optimiser, batch(run, data, step), run, step)
             step += 1
             if step % LOG_EVERY == 0 or step == run.steps:
                 if not math.isfinite(loss.item()):
@@ -83,23 +79,18 @@ def train(
                 log = []
         store.report_progress(run.id, step, run.steps, math.nan, "measuring")
         model.eval()
-        if run.kind == "search":
-            value = tuning_loss(model, run.work, corpus)
-            rows = [Row(step, run.work.context, "tuning_loss", value)]
-        else:
-            rows = evaluate(model, run.work, corpus, step)
-        store.write(run.id, rows, done=True)
+        store.write(run.id, evaluate(model, run, data, step), done=True)
         return True
 
 
-def build(run: Run, corpus: Corpus) -> tuple[DecoderLM, torch.optim.Optimizer]:
+def build(run: Run, data: Data) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimiser before the first step; the same initial weights for every system."""
     torch.manual_seed(run.seed)
-    model = DecoderLM(run.work, run.arm, corpus.symbols.total)
+    model = task_of(run.work).model(run, data)
     return model, make_optimiser(model, run.work, run.learning_rate)
 
 
-def make_optimiser(model: nn.Module, work: Work, learning_rate: float) -> torch.optim.Optimizer:
+def make_optimiser(model: nn.Module, work: AnyWork, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW; matrices decay, vectors and what a system learns do not."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "learned" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "learned" in n]
@@ -110,47 +101,31 @@ def make_optimiser(model: nn.Module, work: Work, learning_rate: float) -> torch.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-class Batch(NamedTuple):
-    tokens: Tensor  # int64 (B, T + 1)
-    text: Tensor  # bool (B, T): targets that are text
-    answers: Tensor  # bool (B, T): targets that are answers of recall problems
-
-
-def batch(run: Run, corpus: Corpus, step: int) -> Batch:
-    """Windows of text; the first rows have recall problems put into them, half of each kind."""
-    work = run.work
+def batch(run: Run, data: Data, step: int) -> Any:
+    """What a step learns from."""
     generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
-    tokens = corpus.random_windows("train", work.batch, work.context + 1, generator)
-    text = torch.ones(work.batch, work.context, dtype=torch.bool)
-    answers = torch.zeros_like(text)
-    each = recall_rows(work) // len(TRAINING_TASKS)
-    for i, task in enumerate(TRAINING_TASKS):
-        part = slice(i * each, (i + 1) * each)
-        problems = task(tokens[part], corpus.symbols, generator)
-        tokens[part], answers[part], text[part] = problems.tokens, problems.asked, problems.text
-    return Batch(tokens, text, answers)
+    return task_of(run.work).batch(run, data, generator)
 
 
-def recall_rows(work: Work) -> int:
-    """Rows of a batch that are recall problems, as many of each kind."""
-    kinds = len(TRAINING_TASKS)
-    return round(work.recall_share * work.batch / kinds) * kinds
-
-
-def train_step(model, optimiser, data: Batch, run: Run, step: int) -> Tensor:
-    """One step of AdamW on the mean text loss plus the mean recall loss; returns the former."""
+def train_step(model, optimiser, batch: Any, run: Run, step: int) -> Tensor:
+    """One step of AdamW; returns the loss that is reported."""
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(run, step)
-    logits = model.logits(model(data.tokens[:, :-1])).float()
-    each = F.cross_entropy(logits.flatten(0, 1), data.tokens[:, 1:].flatten(), reduction="none")
-    each = each.view_as(data.text)
-    text = each[data.text].mean()
-    loss = text + each[data.answers].mean() if recall_rows(run.work) else text
+    loss, reported = task_of(run.work).loss(model, batch, run)
     optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
-    return text.detach()
+    return reported.detach()
+
+
+def evaluate(model: nn.Module, run: Run, data: Data, step: int) -> list[Row]:
+    """The rows that end a run."""
+    task = task_of(run.work)
+    if run.kind == "search":
+        loss = task.tuning_loss(model, run.work, data)
+        return [Row(step, run.work.context, "tuning_loss", loss)]
+    return task.evaluate(model, run.work, data, step)
 
 
 def learning_rate(run: Run, step: int) -> float:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
 
@@ -20,9 +20,82 @@ SEARCH_SEED = 1000
 """Of the runs that choose the learning rate; no reported run has it."""
 
 
+class AnyWork:
+    """What the loop, the grid and the store ask of a work, whatever its task.
+
+    The works themselves are frozen dataclasses; what is annotated here are fields or properties.
+    """
+
+    task: ClassVar[str]
+    causal: ClassVar[bool]
+    """Whether a token sees only what came before it."""
+    encodings: ClassVar[tuple[str, ...]]
+    """Position encodings that a system's name can ask for."""
+    final: ClassVar[str]
+    """A measure that a run has at each length once it has come to its end."""
+
+    systems: tuple[str, ...]
+    data: Path | None
+    layers: int
+    width: int
+    heads: int
+    positions: str
+    qk_norm: bool
+    hybrid_norm: bool
+    layer_scale: bool
+    context: int
+    """Tokens of one example in training."""
+    lengths: tuple[int, ...]
+    """Tokens of one example in evaluation, rising."""
+    multiples: tuple[int, ...]
+    """The same in training lengths."""
+    steps: int
+    batch: int
+    warmup: float
+    weight_decay: float
+    learning_rates: tuple[float, ...]
+    search_steps: int
+    seeds: tuple[int, ...]
+    threads: int
+
+    def settings(self) -> dict:
+        """All fields as JSON can hold them."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return fields | {"data": None if self.data is None else str(self.data)}
+
+    def check(self, *counts: str) -> None:
+        """What no work can be, whatever its task; `counts` are fields that are 1 or more."""
+        for name in self.systems:
+            arm(name, self)
+        for name in ("systems", "seeds", "learning_rates"):
+            given = getattr(self, name)
+            if not given:
+                raise ValueError(f"{name} must not be empty")
+            if len(set(given)) < len(given):
+                raise ValueError(f"one of the {name} stands twice in {' '.join(map(str, given))}")
+        for name in ("layers", "heads", "steps", "batch", "search_steps", *counts, "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width / heads must be a whole even number, got {self.width} / {self.heads}"
+            )
+        if self.width < 1 or not all(rate > 0 for rate in self.learning_rates):
+            raise ValueError("width and learning_rates must be above 0")
+        if not 0 <= self.warmup <= 1 or not self.weight_decay >= 0:
+            raise ValueError("warmup is a share of the steps, 0 to 1; weight_decay is 0 or more")
+        if not all(0 <= seed < SEARCH_SEED for seed in self.seeds):
+            raise ValueError(f"seeds are 0 to {SEARCH_SEED - 1}, got {self.seeds}")
+
+
 @dataclass(frozen=True)
-class Work:
+class Work(AnyWork):
     """What is trained and measured, the same for each system."""
+
+    task: ClassVar[str] = "text"
+    causal: ClassVar[bool] = True
+    encodings: ClassVar[tuple[str, ...]] = tuple(POSITIONS)
+    final: ClassVar[str] = "truncated_loss"
 
     systems: tuple[str, ...] = ("softmax", "cosine", "lssar")
     """Catalogue names, each with optional traits after a slash: a position encoding (rope, p-rope,
@@ -72,32 +145,11 @@ class Work:
     """Threads of each run. Part of the work: sums depend on it in the last bit."""
 
     def __post_init__(self):
-        for name in self.systems:
-            arm(name, self)
-        for name in ("systems", "seeds", "learning_rates"):
-            given = getattr(self, name)
-            if not given:
-                raise ValueError(f"{name} must not be empty")
-            if len(set(given)) < len(given):
-                raise ValueError(f"one of the {name} stands twice in {' '.join(map(str, given))}")
-        counts = ("layers", "heads", "steps", "batch", "search_steps", "windows", "threads")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check("windows")
         if self.multiples[:1] != (1,) or list(self.multiples) != sorted(set(self.multiples)):
             raise ValueError(f"multiples must rise and begin with 1, got {self.multiples}")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(
-                f"width / heads must be a whole even number, got {self.width} / {self.heads}"
-            )
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
-        if self.width < 1 or not all(rate > 0 for rate in self.learning_rates):
-            raise ValueError("width and learning_rates must be above 0")
-        if not 0 <= self.warmup <= 1 or not self.weight_decay >= 0:
-            raise ValueError("warmup is a share of the steps, 0 to 1; weight_decay is 0 or more")
-        if not all(0 <= seed < SEARCH_SEED for seed in self.seeds):
-            raise ValueError(f"seeds are 0 to {SEARCH_SEED - 1}, got {self.seeds}")
         if not 0 <= self.recall_share < 1:
             raise ValueError(
                 f"recall_share is a share of the batch below 1, got {self.recall_share}"
@@ -116,24 +168,6 @@ class Work:
     def targets(self) -> int:
         """Tokens at the end of a window that are scored, the same ones at every length."""
         return self.context // 2
-
-    def settings(self) -> dict:
-        """All fields as JSON can hold them."""
-        fields = dataclasses.asdict(self)
-        return fields | {"data": None if self.data is None else str(self.data)}
-
-
-def work_of(settings: dict) -> Work:
-    """The work that these `settings()` are of, from JSON: lists were tuples."""
-    fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
-    }
-    if fields["data"] is not None:
-        fields["data"] = Path(fields["data"])
-    try:
-        return Work(**fields)
-    except TypeError as error:  # a field that is no longer, or not yet
-        raise ValueError(f"these are settings of another version of aftermax: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -167,7 +201,7 @@ class Arm:
         return self.entry.title + (f" · {', '.join(marks)}" if marks else "")
 
 
-def arm(name: str, work: Work) -> Arm:
+def arm(name: str, work: AnyWork) -> Arm:
     """Read `system/trait/trait`.
 
     >>> arm("softmax/alibi", Work()).positions
@@ -175,9 +209,11 @@ def arm(name: str, work: Work) -> Arm:
     """
     system, *traits = name.split("/")
     entry = find(system)
-    if not entry.causal:
-        raise ValueError(f"{entry.name} has no causal form, which a language model needs")
-    known = (*POSITIONS, "bare", "hybrid", "layerscale")
+    if work.causal and not entry.causal:
+        raise ValueError(
+            f"{entry.name} has no causal form, which text needs; --task vision has a place for it"
+        )
+    known = (*work.encodings, "bare", "hybrid", "layerscale")
     if unknown := [t for t in traits if t not in known]:
         raise ValueError(f"{name}: no trait {', '.join(unknown)}; there are {', '.join(known)}")
     places = [t for t in traits if t in POSITIONS]
@@ -194,11 +230,14 @@ def arm(name: str, work: Work) -> Arm:
     )
 
 
+W = TypeVar("W", bound=AnyWork)
+
+
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[W]):
     """One training of one arm: what determines its numbers, and nothing else."""
 
-    work: Work
+    work: W
     system: str
     seed: int
     learning_rate: float
@@ -221,8 +260,9 @@ class Run:
         code = {
             "made_by": f"aftermax {__version__}, torch {torch.__version__}",
             "arm": repr(self.arm.entry.system),
-            "places": repr(self.arm.place(self.work.context)),
         }
+        if self.work.encodings:
+            code["places"] = repr(self.arm.place(self.work.context))
         return work | own | code | {"data_digest": self.data_digest}
 
     @property
