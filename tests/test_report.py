@@ -13,9 +13,10 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from aftermax.lab import plots
-from aftermax.lab.report import CAPTIONS, tables, terminal_table, write_report
+from aftermax.lab.report import tables, terminal_table, write_report
 from aftermax.lab.results import Results
 from aftermax.lab.store import Store
+from aftermax.lab.text_page import CAPTIONS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 try:
     import tyro
@@ -17,27 +17,84 @@ except ImportError as error:  # the base install is the library alone
     ) from None
 
 from aftermax import CATALOGUE, __version__
-from aftermax.lab.work import PRESETS, Work
+from aftermax.lab.tasks import PRESETS
+from aftermax.lab.vision_work import VisionWork
+from aftermax.lab.work import AnyWork, Work
 
-Preset = Annotated[
-    Annotated[Work, tyro.conf.subcommand("quick", default=PRESETS["quick"])]
-    | Annotated[Work, tyro.conf.subcommand("standard", default=PRESETS["standard"])]
-    | Annotated[Work, tyro.conf.subcommand("long", default=PRESETS["long"])],
+TEXT, VISION = PRESETS["text"], PRESETS["vision"]
+TAKES = {
+    "quick": "One seed, one learning rate: some minutes on two cores.",
+    "standard": "Three seeds, the learning rate of each system searched: up to an hour or so.",
+    "long": "A larger model, trained for longer: hours, or a night.",
+}
+
+TextPreset = Annotated[
+    Annotated[
+        Work, tyro.conf.subcommand("quick", default=TEXT["quick"], description=TAKES["quick"])
+    ]
+    | Annotated[
+        Work,
+        tyro.conf.subcommand("standard", default=TEXT["standard"], description=TAKES["standard"]),
+    ]
+    | Annotated[
+        Work, tyro.conf.subcommand("long", default=TEXT["long"], description=TAKES["long"])
+    ],
     tyro.conf.arg(name=""),
 ]
+VisionPreset = Annotated[
+    Annotated[
+        VisionWork,
+        tyro.conf.subcommand("quick", default=VISION["quick"], description=TAKES["quick"]),
+    ]
+    | Annotated[
+        VisionWork,
+        tyro.conf.subcommand("standard", default=VISION["standard"], description=TAKES["standard"]),
+    ]
+    | Annotated[
+        VisionWork, tyro.conf.subcommand("long", default=VISION["long"], description=TAKES["long"])
+    ],
+    tyro.conf.arg(name=""),
+]
+Task = Annotated[
+    Literal["text", "vision"],
+    tyro.conf.arg(help="What is learned; the options of a preset are those of its task."),
+]
 
-Out = Annotated[Path, tyro.conf.arg(help="Folder of the store, the tokens and the checkpoints.")]
+Out = Annotated[Path, tyro.conf.arg(help="Folder of the store, the data and the checkpoints.")]
 OUT = Path("aftermax-runs")
 
 
-def compare(work: Preset, out: Out = OUT, workers: int | None = None) -> None:
+def compare(
+    work: TextPreset, task: Task = "text", out: Out = OUT, workers: int | None = None
+) -> None:
     """Train each system on the same work, measure it at every length, write the report.
 
-    Run the same command again after a stop: it goes on where it was.
+    Run the same command again after a stop: it goes on where it was. Without a preset it is quick.
+    `aftermax compare --task vision --help` shows the same for images.
 
     Args:
         workers: runs at the same time; by default as many as the cores hold.
     """
+    _compare(work, out, workers)
+
+
+def compare_vision(
+    work: VisionPreset, task: Task = "vision", out: Out = OUT, workers: int | None = None
+) -> None:
+    """Train each system on the same images, measure it on a test split, write the report.
+
+    Run the same command again after a stop: it goes on where it was. Without a preset it is quick.
+
+    Args:
+        workers: runs at the same time; by default as many as the cores hold.
+    """
+    _compare(work, out, workers)
+
+
+COMPARE = {"text": compare, "vision": compare_vision}
+
+
+def _compare(work: AnyWork, out: Path, workers: int | None) -> None:
     from aftermax.lab.grid import compare as run_all
 
     console = Console()
@@ -123,15 +180,17 @@ def catalogue() -> None:
     console.print(table)
 
 
-def preset_of(work: Work) -> str:
+def preset_of(work: AnyWork) -> str:
     """The preset that a work is, with the options in which it differs from the nearest one."""
+    presets = PRESETS[work.task]
 
     def changed(name: str) -> list[str]:
-        base, own = PRESETS[name].settings(), work.settings()
+        base, own = presets[name].settings(), work.settings()
         return [key for key in own if own[key] != base[key]]
 
-    name = min(PRESETS, key=lambda preset: len(changed(preset)))
-    return " ".join([name, *(_option(key, work.settings()[key]) for key in changed(name))])
+    name = min(presets, key=lambda preset: len(changed(preset)))
+    task = [] if work.task == "text" else [f"--task {work.task}"]
+    return " ".join([name, *task, *(_option(key, work.settings()[key]) for key in changed(name))])
 
 
 def _option(key: str, value) -> str:
@@ -166,8 +225,9 @@ def _show(out: Path, work: str, console: Console) -> None:
 
 def main() -> None:
     """The entry point: errors that a user can mend are one line, not a trace."""
+    arguments = with_preset(sys.argv[1:])
     commands = {
-        "compare": compare,
+        "compare": COMPARE.get(asked_task(arguments), compare),
         "report": report,
         "export": export,
         "import": import_,
@@ -177,6 +237,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="aftermax",
+            args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.CascadeSubcommandArgs),
         )
     except KeyboardInterrupt:
@@ -185,6 +246,32 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"aftermax: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def asked_task(arguments: list[str]) -> str:
+    """Of `aftermax compare`, before its options are read: they depend on it.
+
+    >>> asked_task(["compare", "quick", "--task", "vision"])
+    'vision'
+    """
+    tasks = [
+        given or following
+        for argument, following in zip(arguments, [*arguments[1:], ""], strict=True)
+        for name, _, given in [argument.partition("=")]
+        if name == "--task"
+    ]
+    return tasks[-1] if tasks else "text"
+
+
+def with_preset(arguments: list[str]) -> list[str]:
+    """Quick, where `aftermax compare` is given options and no preset.
+
+    >>> with_preset(["compare", "--task", "vision"])
+    ['compare', 'quick', '--task', 'vision']
+    """
+    command, *rest = arguments or [""]
+    named = set(rest) & {"-h", "--help", *TEXT} or not all(a.startswith("-") for a in rest[:1])
+    return arguments if command != "compare" or named else [command, "quick", *rest]
 
 
 if __name__ == "__main__":

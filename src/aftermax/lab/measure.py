@@ -7,6 +7,9 @@ last T tokens before it and no more: a system that loses to it does not use its 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +21,7 @@ from aftermax.lab.data.recall import TASKS
 from aftermax.lab.models import DecoderLM
 from aftermax.lab.store import Row
 from aftermax.lab.work import Work
+from aftermax.modules import Attention
 
 TOKENS_AT_ONCE = 2**14
 """Tokens of one forward pass in evaluation."""
@@ -98,21 +102,34 @@ def _recall(model: DecoderLM, corpus: Corpus, work: Work, length: int) -> dict[s
     return found
 
 
-@torch.no_grad()
 def _diagnose(model: DecoderLM, tokens: Tensor, targets: int) -> dict[str, float]:
-    """How sharp the last rows are, over layers and heads, of |weights| made to sum to one.
+    """How sharp the last rows are."""
+    rows = (tokens.shape[1] - targets, tokens.shape[1])
+    return sharpness(model, tokens.split(_at_once(tokens)), rows)
+
+
+@torch.no_grad()
+def sharpness(
+    model: Any, parts: Iterable[Tensor], rows: tuple[int, int] | None = None
+) -> dict[str, float]:
+    """How sharp rows are, over layers and heads, of |weights| made to sum to one.
 
     entropy: mean of -sum w ln w, in nats. effective_keys: mean of exp of it. first_mass: weight on
-    the first token. row_mass: what |weights| summed to before.
+    the first token. row_mass: what |weights| summed to before. Nothing for systems whose weights
+    are no row map.
+
+    Args:
+        model: with `embed` and `blocks`, as both models have them.
+        parts: of the input, one pass each.
+        rows: from and to; None = all.
     """
-    rows = (tokens.shape[1] - targets, tokens.shape[1])
     collected = {"entropy": [], "effective_keys": [], "first_mass": [], "row_mass": []}
-    for part in tokens.split(_at_once(tokens)):
+    for part in parts:
         x = model.embed(part)
         for block in model.blocks:
-            attend = block[0].layer  # type: ignore[index]
-            if isinstance(attend.system, Dense):
-                query, key, _ = attend.project(block[0].before(x), start=0)  # type: ignore[index]
+            attend = block[0].layer
+            if isinstance(attend, Attention) and isinstance(attend.system, Dense):
+                query, key, _ = attend.project(block[0].before(x), start=0)
                 weights = attention_weights(
                     query,
                     key,

@@ -1,11 +1,14 @@
-"""The one small decoder language model that every system is put into."""
+"""The two small models that every system is put into: a decoder and a vision transformer."""
 
 from __future__ import annotations
+
+import zlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aftermax.lab.vision_work import VisionWork
 from aftermax.lab.work import Arm, Work
 from aftermax.modules import Attention
 
@@ -110,3 +113,66 @@ class DecoderLM(nn.Module):
             x = feed(attend.add(x, out))
             new.append(held)
         return self.norm(x), new
+
+
+class VisionTransformer(nn.Module):
+    """Pre-norm ViT (arXiv 2010.11929) with SwiGLU, learned places and mean pooling.
+
+    The attention is the arm's: its paper's module for images where there is one, else the same
+    module as in the decoder, which sees all patches.
+    """
+
+    def __init__(self, work: VisionWork, arm: Arm, channels: int, classes: int, seed: int):
+        super().__init__()
+        self.patch = work.patch
+        self.to_patches = nn.Linear(channels * work.patch**2, work.width, bias=False)
+        self.places = nn.Parameter(torch.empty(1, work.context, work.width))
+        options = {"hybrid_norm": arm.hybrid_norm, "layer_scale": arm.layer_scale}
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    Branch(image_attention(work, arm), work.width, **options),
+                    Branch(SwiGLU(work.width), work.width, **options),
+                )
+                for _ in range(work.layers)
+            )
+        )
+        self.norm = nn.RMSNorm(work.width)
+        self.head = nn.Linear(work.width, classes)
+        self._initialise(work.layers, seed)
+
+    def _initialise(self, layers: int, seed: int) -> None:
+        """As the decoder's. The numbers hang on a matrix's name, so that systems which have it
+        start alike, whatever else they have."""
+        matrices = {f"{n}.weight" for n, m in self.named_modules() if isinstance(m, nn.Linear)}
+        for name, parameter in self.named_parameters():
+            if name in matrices or name == "places":
+                std = 0.02 / (2 * layers) ** 0.5 if "to_out" in name else 0.02
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+                nn.init.normal_(parameter, std=std, generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, C, S, S) images -> (B, T, width) patches in their places."""
+        side = self.patch
+        cut = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, h, side, w, side)
+        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return self.to_patches(patches) + self.places
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, S, S) images -> (B, classes) logits."""
+        return self.head(self.norm(self.blocks(self.embed(images))).mean(1))
+
+
+def image_attention(work: VisionWork, arm: Arm) -> nn.Module:
+    """(B, T, width) -> the same, every patch of the grid in sight."""
+    if arm.entry.image_module is not None:
+        return arm.entry.image_module(work.width, heads=work.heads, grid=work.grid)
+    return Attention(
+        work.width,
+        work.heads,
+        weights=arm.entry.system,
+        positions="none",
+        causal=False,
+        qk_norm=arm.qk_norm,
+    )

@@ -103,7 +103,7 @@ def diagnostics(results: Results) -> Figure:
     return figure
 
 
-def learning_curves(results: Results) -> Figure:
+def learning_curves(results: Results, of: str = "on text (nats per token)") -> Figure:
     """Training loss over steps, the mean over seeds."""
     figure, axis = plt.subplots(figsize=(7, 4.2))
     for entry in results.arms:
@@ -113,13 +113,13 @@ def learning_curves(results: Results) -> Figure:
         smooth = np.convolve(np.pad(losses, (2, 2), "edge"), np.ones(5) / 5, "valid")
         axis.plot(steps, smooth, label=entry.title, **{**look(entry), "marker": ""})
     axis.set_xlabel("step")
-    axis.set_ylabel("training loss on text (nats per token)")
+    axis.set_ylabel(f"training loss {of}")
     axis.set_title("Learning, mean over seeds (moving mean of 5 points)")
     _legend_below(figure, axis)
     return figure
 
 
-def costs(results: Results) -> Figure:
+def costs(results: Results, unit: str = "tokens") -> Figure:
     """Speed as a ratio to the first system, and memory, as bars."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.34 * len(results.arms) + 1.4), sharey=True)
     entries = [e for e in results.arms if results.cost(e.name, "speed_ratio") is not None]
@@ -132,9 +132,9 @@ def costs(results: Results) -> Figure:
     error = [np.subtract(ratio, low), np.subtract(high, ratio)]
     axes[0].barh(places, ratio, color=colours, xerr=error, ecolor="#555555")
     axes[0].set_yticks(places, [e.title for e in entries])
-    axes[0].set_xlabel(f"training speed at {results.work.context} tokens, as a ratio to the first")
+    axes[0].set_xlabel(f"training speed at {results.work.context} {unit}, as a ratio to the first")
     axes[1].barh(places, memory, color=colours)
-    axes[1].set_xlabel(f"peak memory of a step at {results.work.lengths[-1]} tokens (MiB)")
+    axes[1].set_xlabel(f"peak memory of a step at {results.work.lengths[-1]} {unit} (MiB)")
     for axis in axes:
         axis.grid(axis="y", visible=False)
     return figure
@@ -147,6 +147,54 @@ RESULT_FIGURES: dict[str, Callable[[Results], Figure]] = {
     "learning_curves": learning_curves,
     "costs": costs,
 }
+
+
+def held_out(results: Results) -> Figure:
+    """Accuracy and loss on the test split: the mean, one deviation to each side, every seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.42 * len(results.arms) + 1.6), sharey=True)
+    places = range(len(results.arms), 0, -1)
+    labels = {"accuracy": "accuracy (% of the test split)", "loss": "loss (nats per image)"}
+    for axis, (measure, label) in zip(axes, labels.items(), strict=True):
+        factor = 100 if measure == "accuracy" else 1
+        for place, entry in zip(places, results.arms, strict=True):
+            style = look(entry) | {"linestyle": "none"}
+            spread = results.at(entry.name, measure, 1)
+            if spread is None:
+                continue
+            seeds = results.seeds_of(entry.name, measure, results.work.context).values()
+            axis.plot(
+                [factor * value for value in seeds], [place] * len(seeds),
+                ".", color=style["color"], alpha=0.45, markersize=6,
+            )  # fmt: skip
+            shown = spread.times(factor)
+            axis.errorbar(shown.mean, place, xerr=shown.sd, capsize=3, markersize=7, **style)
+        axis.set_xlabel(label)
+        axis.grid(axis="y", visible=False)
+    axes[0].set_yticks(places, [entry.title for entry in results.arms])
+    axes[0].set_ylim(0.4, len(results.arms) + 0.6)
+    axes[0].set_title("Higher is better")
+    axes[1].set_title("Lower is better")
+    figure.tight_layout()
+    return figure
+
+
+def image_learning_curves(results: Results) -> Figure:
+    return learning_curves(results, "(nats per image)")
+
+
+def image_costs(results: Results) -> Figure:
+    return costs(results, "patches")
+
+
+FIGURES: dict[str, dict[str, Callable[[Results], Figure]]] = {
+    "text": RESULT_FIGURES,
+    "vision": {
+        "held_out": held_out,
+        "learning_curves": image_learning_curves,
+        "costs": image_costs,
+    },
+}
+"""By task."""
 
 
 def row_maps() -> Figure:
@@ -192,7 +240,7 @@ def draw(results: Results) -> dict[str, Figure]:
     """All figures of a work."""
     matplotlib.use("agg")
     with plt.style.context(STYLE):
-        return {name: figure(results) for name, figure in RESULT_FIGURES.items()}
+        return {name: figure(results) for name, figure in FIGURES[results.work.task].items()}
 
 
 def _against_length(axis: Axes, results: Results, measure: str, label: str) -> None:

@@ -8,15 +8,13 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aftermax.lab.imports import read_export
 from aftermax.lab.store import Store
 from aftermax.lab.tasks import work_of
-from aftermax.lab.work import Arm, Work, arm
-
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t at 97.5% for 1 to 10 degrees of freedom, the half-width of a 95% interval."""
+from aftermax.lab.verdicts import VERDICTS, paired
+from aftermax.lab.work import Arm, arm
 
 
 class Spread(NamedTuple):
@@ -26,6 +24,9 @@ class Spread(NamedTuple):
     sd: float
     count: int
 
+    def times(self, factor: float) -> Spread:
+        return Spread(factor * self.mean, factor * self.sd, self.count)
+
     def text(self, digits: int = 2) -> str:
         if self.count < 2:
             return f"{self.mean:.{digits}f}"
@@ -34,7 +35,8 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    work: Work
+    work: Any
+    """Of whichever task."""
     preset: str
     machine: dict
     data: dict
@@ -125,46 +127,11 @@ class Results:
         None with fewer than three seeds: then nothing is said in words.
         """
         length = multiple * self.work.context
-        return _paired(self.seeds_of(a, measure, length), self.seeds_of(b, measure, length))
+        return paired(self.seeds_of(a, measure, length), self.seeds_of(b, measure, length))
 
     def verdicts(self) -> list[str]:
-        """Sentences that the seeds bear out about the longest length; none below three seeds.
-
-        A system is compared with log-n softmax under the same position encoding, since encodings
-        decide much by themselves.
-        """
-        sentences, longest = [], self.work.multiples[-1]
-        for entry in self.arms:
-            sentences += self._context_used(entry, longest)
-        for entry in self.arms:
-            baseline = next(
-                (e for e in self.arms if (e.entry.name, e.positions) == ("log-n", entry.positions)),
-                None,
-            )
-            if baseline is None or baseline.name == entry.name:
-                continue
-            told = self.difference("loss", entry.name, baseline.name, longest)
-            if told is not None:
-                sentences.append(
-                    f"{entry.title} at {longest}x: {_compared(told)} {baseline.title}."
-                )
-        return sentences
-
-    def _context_used(self, entry: Arm, longest: int) -> list[str]:
-        length = longest * self.work.context
-        told = _paired(
-            self.seeds_of(entry.name, "loss", length),
-            self.seeds_of(entry.name, "truncated_loss", length),
-        )
-        if told is None:
-            return []
-        mean, half = told
-        numbers = f"({mean:+.3f} ± {half:.3f} nats)"
-        alone = f"the last {self.work.context} tokens alone {numbers}"
-        if abs(mean) <= half:
-            return [f"{entry.title}: {longest}x the context is not told apart from {alone}."]
-        word = "gains" if mean < 0 else "loses"
-        return [f"{entry.title} {word} by {longest}x the context, against {alone}."]
+        """Sentences that the seeds bear out; none below three seeds."""
+        return VERDICTS[self.work.task](self) if self.arms else []
 
 
 def spread(by_seed: dict[int, float]) -> Spread | None:
@@ -174,20 +141,3 @@ def spread(by_seed: dict[int, float]) -> Spread | None:
     return Spread(
         statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values)
     )
-
-
-def _paired(left: dict[int, float], right: dict[int, float]) -> tuple[float, float] | None:
-    """Mean of left - right over common seeds and the half-width of its 95% interval."""
-    pairs = [left[seed] - right[seed] for seed in sorted(set(left) & set(right))]
-    if not 3 <= len(pairs) <= len(T_975) + 1:
-        return None
-    half = T_975[len(pairs) - 2] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return statistics.mean(pairs), half
-
-
-def _compared(told: tuple[float, float]) -> str:
-    mean, half = told
-    numbers = f"({mean:+.3f} ± {half:.3f} nats)"
-    if abs(mean) <= half:
-        return f"not told apart {numbers} from"
-    return f"{'lower' if mean < 0 else 'higher'} loss {numbers} than"

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from aftermax.lab import text
+from aftermax.lab import text, vision
 from aftermax.lab.store import Row
+from aftermax.lab.vision_work import PRESETS as VISION_PRESETS
 from aftermax.lab.work import PRESETS as TEXT_PRESETS
 from aftermax.lab.work import AnyWork, Run
 
@@ -68,9 +69,9 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {"text": text}
+TASKS: dict[str, Task] = {"text": text, "vision": vision}
 
-PRESETS: dict[str, dict[str, Any]] = {"text": TEXT_PRESETS}
+PRESETS: dict[str, dict[str, Any]] = {"text": TEXT_PRESETS, "vision": VISION_PRESETS}
 
 
 def task_of(work: AnyWork) -> Task:

@@ -139,7 +139,7 @@ def learning_rate(run: Run, step: int) -> float:
 
 def save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
     """Write whole or not at all, even if the power fails."""
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     names = {id(p): name for name, p in model.named_parameters()}
     for parameter, state in optimiser.state.items():
         for key, value in state.items():
@@ -159,8 +159,9 @@ def load(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
     """Put a checkpoint back; the number of steps that it has behind it."""
     with safe_open(path, "pt") as checkpoint:
         with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(checkpoint.get_tensor(f"model.{name}"))
             for name, parameter in model.named_parameters():
-                parameter.copy_(checkpoint.get_tensor(f"model.{name}"))
                 optimiser.state[parameter] = {
                     key: checkpoint.get_tensor(f"optimiser.{key}.{name}")
                     for key in ("step", "exp_avg", "exp_avg_sq")

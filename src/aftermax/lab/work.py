@@ -33,6 +33,8 @@ class AnyWork:
     """Position encodings that a system's name can ask for."""
     final: ClassVar[str]
     """A measure that a run has at each length once it has come to its end."""
+    kept_for_tuning: ClassVar[str]
+    """What the choice of learning rates sees, in words."""
 
     systems: tuple[str, ...]
     data: Path | None
@@ -96,6 +98,7 @@ class Work(AnyWork):
     causal: ClassVar[bool] = True
     encodings: ClassVar[tuple[str, ...]] = tuple(POSITIONS)
     final: ClassVar[str] = "truncated_loss"
+    kept_for_tuning: ClassVar[str] = "text kept for this"
 
     systems: tuple[str, ...] = ("softmax", "cosine", "lssar")
     """Catalogue names, each with optional traits after a slash: a position encoding (rope, p-rope,

@@ -1,0 +1,125 @@
+"""What the pages of all tasks are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+
+from aftermax.lab.results import Results
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    best: bool = False
+
+
+Tables = dict[str, tuple[list[str], list[list[Cell]]]]
+"""Title -> (columns, rows)."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the report of a task says; its figures are in `plots.FIGURES`."""
+
+    question: str
+    intro: Callable[[Results], str]
+    captions: dict[str, tuple[str, str]]
+    """Figure -> (title, caption)."""
+    tables: Callable[[Results], Tables]
+    settings: Callable[[Results], dict[str, str]]
+    """What a reader needs to run it again."""
+    terminal: Callable[[Results], RenderableType]
+    """The main numbers, for the end of a run; 80 columns hold them."""
+    claims: str = ""
+    """Head of the column of what the papers claim; "" = no such column."""
+
+
+def table(
+    results: Results,
+    columns: list[str],
+    cells: list[tuple[str, int, int]],
+    best: Callable | list[Callable | None] | None = max,
+    factors: list[float] | None = None,
+) -> tuple[list[str], list[list[Cell]]]:
+    """A row for each system, a column for each (measure, multiple, digits).
+
+    Args:
+        best: min or max, of all columns or one for each; None marks nothing.
+        factors: of each column, 1 by default.
+    """
+    bests = best if isinstance(best, list) else [best] * len(cells)
+    scales = factors or [1.0] * len(cells)
+    spreads = {e.name: [results.at(e.name, m, x) for m, x, _ in cells] for e in results.arms}
+    tops = []
+    for i, choose in enumerate(bests):
+        known = [s.mean for row in spreads.values() if (s := row[i]) is not None]
+        alike = len(set(known)) < 2  # then nothing is best
+        tops.append(None if choose is None or alike else choose(known))
+    rows = []
+    for entry in results.arms:
+        row = [Cell(entry.title)]
+        for spread, (_, _, digits), top, scale in zip(
+            spreads[entry.name], cells, tops, scales, strict=True
+        ):
+            text = "–" if spread is None else spread.times(scale).text(digits)
+            row.append(Cell(text, spread is not None and spread.mean == top))
+        rows.append(row)
+    return ["system", *columns], rows
+
+
+def cost_row(results: Results, entry, a_unit: int = 1) -> list[Cell]:
+    """Title, learning rate, ratio of speeds, units (of so many tokens) per second, memory."""
+    rate = results.rates.get(entry.name)
+    ratio, low, high, speed, memory = (
+        results.cost(entry.name, measure)
+        for measure in (
+            "speed_ratio", "speed_ratio_low", "speed_ratio_high", "tokens_per_second",
+            "peak_mebibytes",
+        )
+    )  # fmt: skip
+    if ratio is None or speed is None or memory is None:
+        costs = ["–"] * 3
+    else:
+        costs = [
+            f"{ratio:.2f} ({low:.2f} to {high:.2f})",
+            f"{speed / a_unit:,.0f}",
+            f"{memory:.0f}",
+        ]
+    return [Cell(entry.title), Cell(f"{rate:g}"), *map(Cell, costs)]
+
+
+def shared_settings(results: Results) -> dict[str, str]:
+    """Lines that every task has."""
+    work, machine = results.work, results.machine
+    tried = ", ".join(f"{rate:g}" for rate in work.learning_rates)
+    search = (
+        f"the best of {tried}, and one beyond where the best lies at an edge, by "
+        f"{work.search_steps}-step runs on {work.kept_for_tuning}"
+        if len(work.learning_rates) > 1
+        else f"{tried} for all, not searched"
+    )
+    heads = f"{work.heads} heads of {work.width // work.heads}"
+    norms = "QK-norm in the dot product systems" if work.qk_norm else "no QK-norm"
+    return {
+        "command": f"aftermax compare {results.preset}",
+        "size": f"{work.layers} layers, width {work.width}, {heads}",
+        "norms": norms,
+        "learning rate": search,
+        "seeds": ", ".join(map(str, work.seeds)),
+        "diverged": "; ".join(f"{s}, seed {n}" for s, n in results.diverged) or "no run",
+        "machine": f"{machine['processor']}, {machine['cores']} cores ({machine['isa']}), "
+        f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}",
+    }
+
+
+def terminal_table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("system", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

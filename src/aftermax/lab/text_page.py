@@ -1,0 +1,137 @@
+"""The report of the text task: loss and recall against the length of the context."""
+
+from __future__ import annotations
+
+from rich.console import Group
+
+from aftermax import __version__
+from aftermax.lab.page import Page, Tables, cost_row, shared_settings, table
+from aftermax.lab.page import terminal_table as begin_terminal_table
+from aftermax.lab.results import Results
+from aftermax.positions import RoPE
+
+CAPTIONS = {
+    "loss_and_recall": (
+        "Loss, and what is recalled",
+        "Left: the loss on the same held-out target tokens with ever more context before them. "
+        "A curve that falls uses its context; one that rises is disturbed by it. The grey line is "
+        "what the best system reaches when it is shown only the training length. Middle and right: "
+        "the answer stands somewhere in the context, and is found or not. A flat loss with "
+        "recall that falls is a system that forgets; a system that is not near 100% at 1x has not "
+        "learned the task in this budget, and its curve says nothing of length. Shades: one "
+        "standard deviation over seeds, on the same windows and problems.",
+    ),
+    "buckets": (
+        "Where in a long window it goes wrong",
+        "The loss of every token of the longest window, averaged over parts of it.",
+    ),
+    "diagnostics": (
+        "Why: how sharp rows are",
+        "Weights made to sum to one. A row that spreads over ever more keys as its context grows "
+        "loses the few that matter; a row that stays sharp may have become local.",
+    ),
+    "learning_curves": ("Learning", "Training loss on text at the training length."),
+    "costs": (
+        "What it costs",
+        "Speed is measured side by side in one process, systems interleaved; bars end at the "
+        "median, whiskers at the lowest and highest round. Memory is the peak that one step adds.",
+    ),
+}
+
+
+def intro(results: Results) -> str:
+    work = results.work
+    return (
+        f"The same small language model, trained on the same text at {work.context}\n"
+        f"tokens with each system, then read at up to {work.multiples[-1]} times that length.\n"
+        f"{results.seeds} seed{'s' if results.seeds != 1 else ''}, aftermax {__version__}."
+    )
+
+
+def tables(results: Results) -> Tables:
+    """Loss, the use of context, recall, cost."""
+    multiples = results.work.multiples
+    at = [f"{m}x" for m in multiples]
+    first, last = multiples[0], multiples[-1]
+    return {
+        "Loss on the same targets (nats per token)": table(
+            results, [*at, "last T only"],
+            [("loss", m, 3) for m in multiples] + [("truncated_loss", first, 3)], best=min,
+        ),
+        "Passkeys found": table(results, at, [("passkey", m, 2) for m in multiples]),
+        "Associative recall (MQAR) answers found": table(
+            results, at, [("mqar", m, 2) for m in multiples]
+        ),
+        "Effective number of keys": table(
+            results, at, [("effective_keys", m, 1) for m in multiples], best=None
+        ),
+        "Cost": (
+            ["system", "learning rate", "training speed, ratio (range)", "tokens/s",
+             f"peak MiB at {last}x"],
+            [cost_row(results, entry) for entry in results.arms],
+        ),
+    }  # fmt: skip
+
+
+def settings(results: Results) -> dict[str, str]:
+    work, data, said = results.work, results.data, shared_settings(results)
+    turning = round(RoPE.for_length(work.context).fraction * (work.width // work.heads // 2))
+    return {
+        "command": said["command"],
+        "text": f"{data['name']}, {data['tokens'] / 1e6:.1f} million tokens ({work.tokenizer}), "
+        f"digest {data['digest']}",
+        "model": f"{said['size']}; SwiGLU, RMSNorm, tied embeddings, {said['norms']}",
+        "positions": f"{work.positions} where a name says nothing else; p-RoPE turns the "
+        f"{turning} fastest of {work.width // work.heads // 2} frequencies",
+        "training": f"{work.steps} steps of {work.batch} x {work.context} tokens, "
+        f"{work.recall_share:.0%} of a batch recall tasks; AdamW, warm-up, cosine",
+        "learning rate": said["learning rate"],
+        "seeds": said["seeds"],
+        "diverged": said["diverged"],
+        "scored": f"{work.windows} held-out windows, the last {work.targets} tokens of each; "
+        f"{work.windows} recall problems of each kind and length",
+        "machine": said["machine"],
+    }
+
+
+def terminal_table(results: Results) -> Group:
+    """Loss, then recall and speed."""
+    multiples = results.work.multiples
+    loss = begin_terminal_table("loss (nats per token)", [f"{m}x" for m in multiples])
+    lows = [
+        min(s.mean for e in results.arms if (s := results.at(e.name, "loss", m))) for m in multiples
+    ]
+    for entry in results.arms:
+        cells = []
+        for m, low in zip(multiples, lows, strict=True):
+            spread = results.at(entry.name, "loss", m)
+            text = "–" if spread is None else f"{spread.mean:.2f}"
+            cells.append(f"[bold]{text}[/bold]" if spread and spread.mean == low else text)
+        loss.add_row(entry.name, *cells)
+
+    last = multiples[-1]
+    names = [*(f"{m}x" for m in multiples), "kv 1x", f"kv {last}x", "speed"]
+    recall = begin_terminal_table(
+        "passkeys found (%), key-value answers (%), training speed", names
+    )
+    for entry in results.arms:
+        asked = [("passkey", m) for m in multiples] + [("mqar", 1), ("mqar", last)]
+        found = [results.at(entry.name, measure, m) for measure, m in asked]
+        ratio = results.cost(entry.name, "speed_ratio")
+        recall.add_row(
+            entry.name,
+            *("–" if s is None else f"{100 * s.mean:.0f}" for s in found),
+            "–" if ratio is None else f"{ratio:.2f}",
+        )
+    return Group(loss, recall)
+
+
+PAGE = Page(
+    question="Which attention keeps its loss when the context grows?",
+    intro=intro,
+    captions=CAPTIONS,
+    tables=tables,
+    settings=settings,
+    terminal=terminal_table,
+    claims="what its paper says of length",
+)

@@ -1,0 +1,95 @@
+"""Sentences that the seeds bear out; with fewer than three seeds nothing is said in words."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING
+
+from aftermax.lab.work import Arm
+
+if TYPE_CHECKING:
+    from aftermax.lab.results import Results
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's t at 97.5% for 1 to 10 degrees of freedom, the half-width of a 95% interval."""
+
+
+def paired(left: dict[int, float], right: dict[int, float]) -> tuple[float, float] | None:
+    """Mean of left - right over common seeds and the half-width of its 95% interval."""
+    pairs = [left[seed] - right[seed] for seed in sorted(set(left) & set(right))]
+    if not 3 <= len(pairs) <= len(T_975) + 1:
+        return None
+    half = T_975[len(pairs) - 2] * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return statistics.mean(pairs), half
+
+
+def of_text(results: Results) -> list[str]:
+    """About the longest length.
+
+    A system is compared with log-n softmax under the same position encoding, since encodings
+    decide much by themselves.
+    """
+    sentences, longest = [], results.work.multiples[-1]
+    for entry in results.arms:
+        sentences += _context_used(results, entry, longest)
+    for entry in results.arms:
+        baseline = next(
+            (e for e in results.arms if (e.entry.name, e.positions) == ("log-n", entry.positions)),
+            None,
+        )
+        if baseline is None or baseline.name == entry.name:
+            continue
+        told = results.difference("loss", entry.name, baseline.name, longest)
+        if told is not None:
+            sentences.append(f"{entry.title} at {longest}x: {_compared(told)} {baseline.title}.")
+    return sentences
+
+
+def _context_used(results: Results, entry: Arm, longest: int) -> list[str]:
+    length = longest * results.work.context
+    told = paired(
+        results.seeds_of(entry.name, "loss", length),
+        results.seeds_of(entry.name, "truncated_loss", length),
+    )
+    if told is None:
+        return []
+    mean, half = told
+    numbers = f"({mean:+.3f} ± {half:.3f} nats)"
+    alone = f"the last {results.work.context} tokens alone {numbers}"
+    if abs(mean) <= half:
+        return [f"{entry.title}: {longest}x the context is not told apart from {alone}."]
+    word = "gains" if mean < 0 else "loses"
+    return [f"{entry.title} {word} by {longest}x the context, against {alone}."]
+
+
+def of_vision(results: Results) -> list[str]:
+    """About the test split: each system against softmax, or the first where that is not there."""
+    sentences, arms = [], results.arms
+    baseline = next((entry for entry in arms if entry.name == "softmax"), arms[0])
+    for entry in arms:
+        loss, accuracy = (
+            results.difference(measure, entry.name, baseline.name, 1)
+            for measure in ("loss", "accuracy")
+        )
+        if entry.name == baseline.name or loss is None or accuracy is None:
+            continue
+        mean, half = accuracy
+        word = "higher" if mean > 0 else "lower"
+        word = "not told apart" if abs(mean) <= half else word
+        sentences.append(
+            f"{entry.title}: {_compared(loss)} {baseline.title}; "
+            f"accuracy {word} ({100 * mean:+.1f} ± {100 * half:.1f} points)."
+        )
+    return sentences
+
+
+def _compared(told: tuple[float, float]) -> str:
+    mean, half = told
+    numbers = f"({mean:+.3f} ± {half:.3f} nats)"
+    if abs(mean) <= half:
+        return f"not told apart {numbers} from"
+    return f"{'lower' if mean < 0 else 'higher'} loss {numbers} than"
+
+
+VERDICTS = {"text": of_text, "vision": of_vision}
