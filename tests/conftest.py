@@ -53,3 +53,11 @@ def comparison(tmp_path_factory):
     from .lab_work import compared  # here, so that the library's own tests do without the lab
 
     return compared(tmp_path_factory.mktemp("comparison"))
+
+
+@pytest.fixture(scope="session")
+def image_comparison(tmp_path_factory):
+    """A finished `aftermax compare --task vision`: its folder, what it printed."""
+    from .lab_work import compared_images
+
+    return compared_images(tmp_path_factory.mktemp("image_comparison"))

@@ -15,7 +15,8 @@ from aftermax.cli import main, preset_of
 from aftermax.lab.data.corpus import Corpus, prepare
 from aftermax.lab.models import DecoderLM
 from aftermax.lab.store import Store
-from aftermax.lab.work import Run, Work
+from aftermax.lab.vision_work import VisionWork
+from aftermax.lab.work import AnyWork, Run, Work
 
 TINY = {
     "systems": ("softmax", "lssar"),
@@ -83,7 +84,7 @@ def run_arm(work: Work, system: str):
     return Run(work, system, 0, 1e-3, "train", "").arm
 
 
-def command(work: Work, out: Path, workers: int = 1) -> list[str]:
+def command(work: AnyWork, out: Path, workers: int = 1) -> list[str]:
     """The arguments of `aftermax` that run this work, as the report prints them."""
     options = shlex.split(preset_of(work))
     return ["compare", *options, "--out", str(out), "--workers", str(workers)]
@@ -102,6 +103,22 @@ def compared(folder: Path) -> tuple[Path, str]:
         search_steps=4,
         steps=40,
     )
+    return compared_work(work, folder)
+
+
+def compared_images(folder: Path) -> tuple[Path, str]:
+    """The same of the vision task, on scikit-learn's digits."""
+    work = VisionWork(
+        systems=("softmax", "sigmoid/hybrid"),
+        **{"layers": 1, "width": 16, "heads": 2, "patch": 4, "batch": 16, "steps": 40},
+        seeds=(0, 1, 2),
+        learning_rates=(3e-3, 1e-2),
+        search_steps=4,
+    )
+    return compared_work(work, folder)
+
+
+def compared_work(work: AnyWork, folder: Path) -> tuple[Path, str]:
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setenv("COLUMNS", "120")

@@ -12,6 +12,7 @@ from aftermax.cli import main, preset_of
 from aftermax.lab import grid
 from aftermax.lab.results import Results
 from aftermax.lab.store import Store
+from aftermax.lab.tasks import PRESETS as PRESETS_OF
 from aftermax.lab.work import PRESETS
 
 from .lab_work import write_texts
@@ -59,6 +60,59 @@ def test_help_of_a_preset_gives_its_own_defaults(run):
     assert f"(default: {PRESETS['quick'].steps})" in out
     assert "--out" in out
     assert "--workers" in out
+
+
+def test_help_of_a_task_gives_its_own_options(run):
+    code, out, _ = run("compare", "--task", "vision", "--help")
+    assert code == 0
+    assert "(default: vision)" in out
+    for preset in PRESETS_OF["vision"]:
+        assert f"• {preset} " in out
+    for arguments in (["quick", "--task=vision"], ["--task", "vision", "quick"]):
+        code, out, _ = run("compare", *arguments, "--help")
+        assert code == 0
+        for field in dataclasses.fields(PRESETS_OF["vision"]["quick"]):
+            assert f"--{field.name.replace('_', '-')}" in out
+        assert "--multiples" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "task", "changes"),
+    [
+        ([], "text", {}),
+        (["--task", "text", "--steps", "7"], "text", {"steps": 7}),
+        (["--task", "vision"], "vision", {}),
+        (["--steps", "7", "--task=vision"], "vision", {"steps": 7}),
+    ],
+    ids=" ".join,
+)
+def test_without_a_preset_it_is_quick(run, monkeypatch, arguments, task, changes):
+    taken = []
+    monkeypatch.setattr(grid, "compare", lambda work, *_: taken.append(work) or interrupt())
+    run("compare", *arguments)
+    assert taken == [dataclasses.replace(PRESETS_OF[task]["quick"], **changes)]
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "sound"], "invalid choice 'sound' for argument '--task'"),
+        (["--task"], "--task"),
+        (["fast", "--task", "vision"], "fast"),
+        (["quick", "--task", "vision", "--context", "64"], "--context"),
+        (["quick", "--patch", "2"], "--patch"),
+        (["--task", "vision", "--systems", "softmax/alibi"], "softmax/alibi: no trait alibi;"),
+        (["--task", "vision", "--data", "nowhere"], "--data nowhere: there is no such folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_task_and_options_that_do_not_fit_are_refused(run, tmp_path, arguments, message):
+    assert message in refused(run, "compare", *arguments)
+    assert not (tmp_path / "aftermax-runs" / "store.sqlite").exists()
 
 
 def test_the_catalogue_is_a_table_of_every_system(run):
@@ -129,6 +183,30 @@ CHANGES = {
         "recall_share": 0.125,
     },
 }
+
+
+IMAGES = {
+    "quick": {},
+    "standard": {"seeds": (3,), "systems": ("softmax/bare", "sigmoid"), "threads": 2},
+    "long": {
+        "data": Path("a folder/with spaces"),
+        "image_size": 32,
+        "patch": 4,
+        "colours": "rgb",
+        "qk_norm": False,
+        "split": 3,
+    },
+}
+
+
+@pytest.mark.parametrize(("task", "name"), [("vision", name) for name in IMAGES])
+def test_the_command_of_another_task_parses_back_too(run, monkeypatch, task, name):
+    asked = dataclasses.replace(PRESETS_OF[task][name], **IMAGES[name])
+    taken = []
+    monkeypatch.setattr(grid, "compare", lambda work, *_: taken.append(work) or interrupt())
+    assert preset_of(asked).startswith(f"{name} --task {task}")
+    run("compare", *shlex.split(preset_of(asked)))
+    assert taken == [asked]
 
 
 @pytest.mark.parametrize("name", CHANGES)

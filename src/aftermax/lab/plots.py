@@ -30,7 +30,7 @@ COLOURS = (
 """By place in the catalogue: Okabe and Ito's colours without their yellow, then others."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """Also by place, so that no two neighbours are told apart by colour alone."""
-LINES = {"rope": "-", "p-rope": (0, (5, 1.5)), "alibi": (0, (1, 1.2)), "none": "-."}
+LINES = {"rope": "-", "p-rope": (0, (5, 1.5)), "alibi": (0, (1, 1.2)), "none": "-.", "learned": "-"}
 
 
 def look(entry: Arm) -> dict[str, Any]:
@@ -150,7 +150,7 @@ RESULT_FIGURES: dict[str, Callable[[Results], Figure]] = {
 
 
 def held_out(results: Results) -> Figure:
-    """Accuracy and loss on the test split: the mean, one deviation to each side, every seed."""
+    """Accuracy and loss on the test split: mean and deviation, and above them each seed."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.42 * len(results.arms) + 1.6), sharey=True)
     places = range(len(results.arms), 0, -1)
     labels = {"accuracy": "accuracy (% of the test split)", "loss": "loss (nats per image)"}
@@ -163,7 +163,7 @@ def held_out(results: Results) -> Figure:
                 continue
             seeds = results.seeds_of(entry.name, measure, results.work.context).values()
             axis.plot(
-                [factor * value for value in seeds], [place] * len(seeds),
+                [factor * value for value in seeds], [place + 0.22] * len(seeds),
                 ".", color=style["color"], alpha=0.45, markersize=6,
             )  # fmt: skip
             shown = spread.times(factor)

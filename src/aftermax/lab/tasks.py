@@ -65,7 +65,10 @@ class Task(Protocol):
         ...
 
     def largest_step(self, run: Run, model: Any, data: Any, /) -> Callable[[], object]:
-        """What is called to measure memory: forward and backward at `work.lengths[-1]`."""
+        """What is called to measure memory: forward and backward at `work.lengths[-1]`.
+
+        Larger than a step of training, whose memory the process holds already.
+        """
         ...
 
 

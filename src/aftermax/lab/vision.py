@@ -22,6 +22,9 @@ from aftermax.lab.store import Row
 from aftermax.lab.vision_work import VisionWork
 from aftermax.lab.work import Run
 
+MEMORY_BATCHES = 8
+"""Batches of the step whose memory is measured."""
+
 
 def prepare(work: VisionWork, out: Path) -> Images:
     return prepare_images(work.data, work.image_size, work.colours, work.split, out)
@@ -97,6 +100,8 @@ def _logits(model: VisionTransformer, work: VisionWork, images: Images, held: La
 def largest_step(
     run: Run[VisionWork], model: VisionTransformer, images: Images
 ) -> Callable[[], object]:
-    """A step of training: images have one length."""
-    data = batch(run, images, torch.Generator().manual_seed(0))
+    """Of several batches at once: what one takes is held already since the step before."""
+    generator = torch.Generator().manual_seed(0)
+    pixels, labels = images.random_images(MEMORY_BATCHES * run.work.batch, 0, generator)
+    data = Batch(images.normed(pixels), labels)
     return lambda: loss(model, data, run)[0].backward()

@@ -8,23 +8,23 @@ from aftermax import __version__
 from aftermax.lab.page import Cell, Page, Tables, cost_row, shared_settings, table
 from aftermax.lab.page import terminal_table as begin_terminal_table
 from aftermax.lab.results import Results
-from aftermax.lab.vision import told
+from aftermax.lab.vision import MEMORY_BATCHES, told
 
 CAPTIONS = {
     "held_out": (
         "Accuracy and loss on images never seen",
         "The test split has no part in training nor in the choice of learning rates, and is the "
-        "same for every run. Marks: the mean over seeds; whiskers: one standard deviation; dots: "
-        "each seed. The spread is that of training again on the same images; another test split "
-        "would move all systems too. The loss tells systems apart sooner than the accuracy, which "
-        "moves in steps of one image.",
+        "same for every run. Marks: the mean over seeds; whiskers: one standard deviation; dots "
+        "above: each seed. The spread is that of training again on the same images; another test "
+        "split would move all systems too. The loss tells systems apart sooner than the accuracy, "
+        "which moves in steps of one image.",
     ),
-    "learning_curves": ("Learning", "Loss on the batches of training, images moved at random."),
+    "learning_curves": ("Learning", "Loss on the batches of training."),
     "costs": (
         "What it costs",
         "Speed is measured side by side in one process, systems interleaved; bars end at the "
         "median, whiskers at the lowest and highest round. Memory is the peak that the forward and "
-        "backward pass of one batch adds.",
+        "backward pass of many images adds.",
     ),
 }
 
@@ -56,7 +56,7 @@ def tables(results: Results) -> Tables:
         ),
         "Cost": (
             ["system", "learning rate", "training speed, ratio (range)", "images/s",
-             f"peak MiB of a batch of {results.work.batch}"],
+             f"peak MiB of {MEMORY_BATCHES * results.work.batch} images"],
             [cost_row(results, entry, results.work.context) for entry in results.arms],
         ),
     }  # fmt: skip

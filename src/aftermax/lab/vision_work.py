@@ -23,8 +23,8 @@ class VisionWork(AnyWork):
     encodings: ClassVar[tuple[str, ...]] = ()
     final: ClassVar[str] = "trained_loss"
     kept_for_tuning: ClassVar[str] = "images kept for this"
-    positions: ClassVar[str] = "none"
-    """In attention: the model adds learned ones to its patches."""
+    positions: ClassVar[str] = "learned"
+    """The model adds them to its patches; attention itself knows of none."""
     multiples: ClassVar[tuple[int, ...]] = (1,)
 
     systems: tuple[str, ...] = SYSTEMS
