@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from aftermax.catalogue import CATALOGUE
 from aftermax.lab.work import AnyWork
 
-WANTED = ("softmax", "cosine", "sigmoid", "linear", "inline", "soft", "soft-norm")
-SYSTEMS = tuple(name for name in WANTED if name in {entry.name for entry in CATALOGUE})
+SYSTEMS = ("softmax", "cosine", "sigmoid", "linear", "inline", "soft", "soft-norm")
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class VisionWork(AnyWork):
     """Seed of the split of each class: a quarter is the test, 15% are for the choice of the
     learning rate. It is no seed of a run: all runs of a work have the same split."""
 
-    patch: int = 2
+    patch: int = 1
     """Side in pixels of a patch, a divisor of image_size: each is one token."""
     layers: int = 3
     width: int = 64
@@ -52,7 +50,7 @@ class VisionWork(AnyWork):
     """A learned factor, initially 1e-4, on each branch, for all systems."""
 
     steps: int = 400
-    batch: int = 64
+    batch: int = 32
     shift: int = 0
     """Training images are moved by up to so many pixels at random, black coming in."""
     warmup: float = 0.1
@@ -100,7 +98,7 @@ class VisionWork(AnyWork):
 
 _QUICK = VisionWork()
 _STANDARD = dataclasses.replace(
-    _QUICK, steps=1000, learning_rates=(5e-4, 1e-3, 2e-3), search_steps=400, seeds=(0, 1, 2)
+    _QUICK, steps=1000, learning_rates=(5e-4, 1e-3, 2e-3), search_steps=200, seeds=(0, 1, 2)
 )
 PRESETS = {
     "quick": _QUICK,
