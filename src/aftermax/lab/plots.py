@@ -45,10 +45,39 @@ def look(entry: Arm) -> dict[str, Any]:
     }
 
 
+def _groups(results: Results) -> dict[str, list[Arm]]:
+    """The arms by what they keep of the past, each group with the first system to compare with."""
+    dense = [e for e in results.arms if e.entry.walk == "dense"]
+    others = [e for e in results.arms if e.entry.walk != "dense"]
+    if results.work.task != "text" or not dense or not others:
+        return {"": results.arms}
+    return {"all keys and values kept": dense, "a state of one size": [dense[0], *others]}
+
+
 def loss_and_recall(results: Results) -> Figure:
     """The headline: loss on the same targets, and recall, against the length of the context."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), width_ratios=(1.5, 1, 1))
-    _against_length(axes[0], results, "loss", "loss (nats per token)")
+    groups = _groups(results)
+    figure, axes = plt.subplots(
+        len(groups), 3, figsize=(13, 4.4 * len(groups)), width_ratios=(1.5, 1, 1), squeeze=False,
+        sharey="col",
+    )  # fmt: skip
+    for row, (kept, arms) in zip(axes, groups.items(), strict=True):
+        _loss_and_recall_of(row, results, arms)
+        row[0].set_title(kept.capitalize() or "Same target tokens, ever longer context")
+    if len(groups) == 1:
+        _legend_below(figure, axes[0, 0])
+    else:
+        figure.tight_layout()
+        for row in axes:
+            row[-1].legend(
+                *row[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.03, 0.5),
+                handlelength=3.2,
+            )  # fmt: skip
+    return figure
+
+
+def _loss_and_recall_of(axes, results: Results, arms: list[Arm]) -> None:
+    _against_length(axes[0], results, "loss", "loss (nats per token)", arms)
     best = min(
         spread.mean
         for entry in results.arms
@@ -60,10 +89,9 @@ def loss_and_recall(results: Results) -> Figure:
         (results.work.lengths[-1], best), (0, -11), textcoords="offset points",
         ha="right", color="#777777", fontsize=8,
     )  # fmt: skip
-    axes[0].set_title("Same target tokens, ever longer context")
-    _against_length(axes[1], results, "passkey", "passkeys found (share)")
+    _against_length(axes[1], results, "passkey", "passkeys found (share)", arms)
     axes[1].set_title("Passkey")
-    _against_length(axes[2], results, "mqar", "answers found (share)")
+    _against_length(axes[2], results, "mqar", "answers found (share)", arms)
     axes[2].set_title("Associative recall (MQAR)")
     axes[2].axhline(1 / PAIRS, color="#999999", linewidth=1)
     axes[2].annotate(
@@ -72,17 +100,19 @@ def loss_and_recall(results: Results) -> Figure:
     )  # fmt: skip
     for axis in axes[1:]:
         axis.set_ylim(-0.03, 1.03)
-    _legend_below(figure, axes[0])
-    return figure
 
 
 def buckets(results: Results) -> Figure:
     """Loss by place in the longest window."""
-    figure, axis = plt.subplots(figsize=(7, 4.2))
-    _against_length(axis, results, "bucket_loss", "loss (nats per token)")
-    axis.set_xlabel(f"part of a {results.work.lengths[-1]}-token window that ends at (tokens)")
-    axis.set_title("Loss by place in the longest window")
-    _legend_below(figure, axis)
+    groups = _groups(results)
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(7 * len(groups), 4.2), squeeze=False, sharey=True
+    )
+    for axis, (kept, arms) in zip(axes[0], groups.items(), strict=True):
+        _against_length(axis, results, "bucket_loss", "loss (nats per token)", arms)
+        axis.set_xlabel(f"part of a {results.work.lengths[-1]}-token window that ends at (tokens)")
+        axis.set_title(kept.capitalize() or "Loss by place in the longest window")
+    _legends_below(figure, axes[0])
     return figure
 
 
@@ -105,17 +135,21 @@ def diagnostics(results: Results) -> Figure:
 
 def learning_curves(results: Results, of: str = "on text (nats per token)") -> Figure:
     """Training loss over steps, the mean over seeds."""
-    figure, axis = plt.subplots(figsize=(7, 4.2))
-    for entry in results.arms:
-        runs = list(results.curves[entry.name].values())
-        steps = [step for step, _ in min(runs, key=len)]
-        losses = np.mean([[loss for _, loss in run[: len(steps)]] for run in runs], 0)
-        smooth = np.convolve(np.pad(losses, (2, 2), "edge"), np.ones(5) / 5, "valid")
-        axis.plot(steps, smooth, label=entry.title, **{**look(entry), "marker": ""})
-    axis.set_xlabel("step")
-    axis.set_ylabel(f"training loss {of}")
-    axis.set_title("Learning, mean over seeds (moving mean of 5 points)")
-    _legend_below(figure, axis)
+    groups = _groups(results)
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(7 * len(groups), 4.2), squeeze=False, sharey=True
+    )
+    for axis, (kept, arms) in zip(axes[0], groups.items(), strict=True):
+        for entry in arms:
+            runs = list(results.curves[entry.name].values())
+            steps = [step for step, _ in min(runs, key=len)]
+            losses = np.mean([[loss for _, loss in run[: len(steps)]] for run in runs], 0)
+            smooth = np.convolve(np.pad(losses, (2, 2), "edge"), np.ones(5) / 5, "valid")
+            axis.plot(steps, smooth, label=entry.title, **{**look(entry), "marker": ""})
+        axis.set_xlabel("step")
+        axis.set_ylabel(f"training loss {of}")
+        axis.set_title(kept.capitalize() or "Learning, mean over seeds (moving mean of 5 points)")
+    _legends_below(figure, axes[0])
     return figure
 
 
@@ -243,9 +277,11 @@ def draw(results: Results) -> dict[str, Figure]:
         return {name: figure(results) for name, figure in FIGURES[results.work.task].items()}
 
 
-def _against_length(axis: Axes, results: Results, measure: str, label: str) -> None:
+def _against_length(
+    axis: Axes, results: Results, measure: str, label: str, arms: list[Arm] | None = None
+) -> None:
     lengths = results.lengths_of(measure)
-    for entry in results.arms:
+    for entry in results.arms if arms is None else arms:
         multiples = [length // results.work.context for length in lengths]
         spreads = [results.at(entry.name, measure, m) for m in multiples]
         known = [(x, s) for x, s in zip(lengths, spreads, strict=True) if s is not None]
@@ -273,3 +309,15 @@ def _legend_below(figure: Figure, axis: Axes) -> None:
         handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns,
         handlelength=3.2,
     )  # fmt: skip
+
+
+def _legends_below(figure: Figure, axes) -> None:
+    """One for all axes where there is but one, else one below each."""
+    if len(axes) == 1:
+        _legend_below(figure, axes[0])
+        return
+    figure.tight_layout()
+    for axis in axes:
+        axis.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, handlelength=3.2, fontsize=8
+        )
