@@ -75,15 +75,14 @@ def linear_decode() -> str:
 def linear_lengths() -> Figure:
     """Time a token over T; a flat line is a time that grows with T alone."""
     figure, axis = plt.subplots(figsize=(9, 4.6))
-    places = {entry.name: i for i, entry in enumerate(CATALOGUE)}
+    places = {entry.name for entry in CATALOGUE}
     for name, curve in _curves().items():
         if name.endswith("reference"):
             continue
         x = [line["tokens"] for line in curve]
         y = [line["us_per_token"] for line in curve]
         if name in places:
-            colour = plots.COLOURS[places[name] % len(plots.COLOURS)]
-            axis.plot(x, y, color=colour, linewidth=1, alpha=0.8, label=name)
+            axis.plot(x, y, color=plots.colour(name), linewidth=1, alpha=0.8, label=name)
         else:
             style = "--" if "backward" in name else "-"
             colour = "#D55E00" if name == SOFTMAX else "#222222"

@@ -5,6 +5,7 @@
     python benchmarks/rows.py --save docs/results/rows.json
     python benchmarks/attention.py --save docs/results/attention.json
     python benchmarks/linear.py --save docs/results/linear.json
+    python benchmarks/mqar.py --save docs/results/mqar.json
     make figures
 
 What stands between `<!-- name -->` and `<!-- /name -->` in README.md and docs/*.md is written here;
@@ -21,6 +22,7 @@ from pathlib import Path
 import kernel_results
 import linear_results
 import matplotlib
+import studies
 from matplotlib import pyplot as plt
 
 from aftermax import CATALOGUE
@@ -122,6 +124,8 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "linear-crossing": of_linear(linear_results.linear_crossing),
     "linear-decode": of_linear(linear_results.linear_decode),
     "linear-machine": of_linear(lambda: kernel_results.machine(linear_results.LINEAR)),
+    "injectivity": lambda _: studies.injectivity_table(),
+    "mqar": lambda _: studies.mqar_page(),
     "row-targets": lambda _: kernel_results.row_targets(("avx512",)),
     "row-targets-all": lambda _: kernel_results.row_targets(("avx512", "avx2")),
     "row-algorithms": lambda _: kernel_results.row_algorithms(),
@@ -166,6 +170,9 @@ def main() -> None:
         matplotlib.use("agg")
         with plt.style.context(plots.STYLE):
             ours = {"row_maps": plots.row_maps(), "row_lengths": kernel_results.row_lengths()}
+            ours["injectivity"] = plots.injectivity(studies.injectivity_measured())
+            if studies.MQAR.exists():
+                ours["mqar"] = plots.mqar(studies.mqar_study())
             if kernel_results.ATTENTION.exists():
                 ours["attention_lengths"] = kernel_results.attention_lengths()
                 ours["attention_memory"] = kernel_results.attention_memory()

@@ -28,6 +28,13 @@ def gaussian(*shape: int, seed: int = 0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
+@pytest.fixture(scope="module")
+def measured():
+    """What the figure shows, at a small size."""
+    subjects = injectivity.subjects()
+    return [injectivity.measure(s, width=6, keys=17, queries=3) for s in subjects]
+
+
 @pytest.fixture
 def keys():
     return gaussian(KEYS, WIDTH, seed=1)
@@ -252,18 +259,30 @@ def test_confusion_of_queries_that_do_not_differ_is_not_a_number():
     assert math.isnan(injectivity.confusion(Softmax(), same, torch.eye(2, dtype=F64)))
 
 
-def test_what_the_figure_shows():
-    """At a small size: ranks and shares as they are proved for each kind."""
-    found = {
-        s.title: injectivity.measure(s, width=6, keys=17, queries=3) for s in injectivity.subjects()
-    }
+def test_what_the_figure_shows(measured):
+    """Ranks and shares as they are proved for each kind."""
     injective = {"softmax", "sigmoid", "InLine"}
-    for title, m in found.items():
-        assert m.collinear_rows.shape[0] == len(m.factors)
+    for m in measured:
+        title = m.subject.title
+        assert m.rows.shape[0] == len(m.factors)
+        one_row = (m.rows - m.rows[0]).abs().max() < EXACT
         if title in injective:
             assert m.rank == 6
             assert not any(m.confusion.values())
-        elif title != "TransNormer":  # whose norm has an eps: nearly singular, and nearly the same
+            assert not one_row
+        elif title != "TransNormer":  # whose norm has an eps: nearly singular
             assert m.rank < 6
-            assert max(m.confusion.values()) == 1
-    assert found["TransNormer"].ratio < 1e-4 < min(found[t].ratio for t in injective)
+            assert max(m.confusion.values()) == m.confusion[m.subject.family] == 1
+            assert one_row
+    ratios = {m.subject.title: m.ratio for m in measured}
+    assert ratios["TransNormer"] < 1e-4 < min(ratios[title] for title in injective)
+
+
+def test_the_figure_has_a_dot_for_each_system(measured):
+    plots = pytest.importorskip("aftermax.lab.plots")
+    figure = plots.injectivity(measured)
+    (dots,) = (axis for axis in figure.axes if axis.get_xlabel().startswith("smallest singular"))
+    offsets = dots.collections[-1].get_offsets()
+    assert len(offsets) == len(measured)
+    for (ratio, _), m in zip(offsets.tolist(), measured, strict=True):
+        assert ratio == pytest.approx(max(m.ratio, plots.RATIO_FLOOR))

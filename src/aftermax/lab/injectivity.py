@@ -309,6 +309,9 @@ class Subject(NamedTuple):
     """In the catalogue; its colour."""
     title: str
     system: RowMap | System
+    family: str = "one direction"
+    """Of `FAMILIES`: the queries whose rows are drawn, those that the system is likely to confuse.
+    """
 
 
 class Measured(NamedTuple):
@@ -316,8 +319,8 @@ class Measured(NamedTuple):
 
     subject: Subject
     factors: tuple[float, ...]
-    collinear_rows: Tensor
-    """(factors, shown keys): the rows of a q, the keys in the order of their scores."""
+    rows: Tensor
+    """(factors, shown keys): of the subject's family, the keys in the order of their scores."""
     ratio: float
     """s_min / s_max of the Jacobian, the median over the queries; 0 where a direction is lost."""
     rank: int
@@ -328,11 +331,14 @@ class Measured(NamedTuple):
 
 def subjects() -> tuple[Subject, ...]:
     """One for each way to keep or to lose a query: rows of a kind behave alike."""
+    own = {"linear": "one ray of elu + 1"}
     names = ("softmax", "sigmoid", "inline", "lssar", "linear", "cosformer", "cottention")
-    listed = [Subject(name, find(name).title, find(name).system) for name in names]
-    listed.insert(3, Subject("inline", "InLine with relu", InLine("relu")))
-    listed.append(Subject("transnormer", find("transnormer").title, find("transnormer").system))
-    return tuple(listed)
+    listed = [
+        Subject(name, find(name).title, find(name).system, own.get(name, "one direction"))
+        for name in (*names, "transnormer")
+    ]
+    relu = Subject("inline", "InLine with relu", InLine("relu"), "one positive part")
+    return (*listed[:3], relu, *listed[3:])
 
 
 def measure(subject: Subject, width: int = 32, keys: int = 197, queries: int = 8) -> Measured:
@@ -348,7 +354,8 @@ def measure(subject: Subject, width: int = 32, keys: int = 197, queries: int = 8
     )
     factors = (0.5, 1.0, 2.0, 4.0)
     some = (key @ query[0]).argsort(descending=True)[:: max(1, keys // 16)]
-    along = rows(subject.system, of_one_direction(query[0], torch.tensor(factors)), key)
+    line = FAMILIES[subject.family](query[0], torch.tensor(factors, dtype=torch.float64))
+    along = rows(subject.system, line, key)
     found = [jacobian(subject.system, q, key) for q in query]
     lengths = torch.linspace(0.25, 2.5, 10, dtype=torch.float64)
     shares = {

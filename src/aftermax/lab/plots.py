@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from matplotlib.ticker import FormatStrFormatter
 from aftermax.attention import attention_weights
 from aftermax.catalogue import CATALOGUE
 from aftermax.lab.data.recall import PAIRS
+from aftermax.lab.injectivity import Measured
+from aftermax.lab.mqar import ARMS as MQAR_ARMS
+from aftermax.lab.mqar import Study
 from aftermax.lab.results import Results
 from aftermax.lab.work import Arm
 from aftermax.weights import RowMap
@@ -27,21 +30,34 @@ COLOURS = (
     *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#8DA0CB", "#56B4E9", "#CC79A7"),
     *("#222222", "#7F5AA8", "#A6761D", "#66A61E", "#999999", "#B2182B"),
 )
-"""By place in the catalogue: Okabe and Ito's colours without their yellow, then others."""
+"""Okabe and Ito's colours without their yellow, then others; the first is softmax's."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """Also by place, so that no two neighbours are told apart by colour alone."""
 LINES = {"rope": "-", "p-rope": (0, (5, 1.5)), "alibi": (0, (1, 1.2)), "none": "-.", "learned": "-"}
 
 
+def colour(name: str) -> str:
+    """Of a system: by place among those that keep all keys, or among the others.
+
+    The two stand in figures of their own, with softmax in both.
+    """
+    dense = [e.name for e in CATALOGUE if e.walk == "dense"]
+    if name in dense:
+        return COLOURS[dense.index(name) % len(COLOURS)]
+    others = [e.name for e in CATALOGUE if e.walk != "dense"]
+    return COLOURS[1 + others.index(name) % (len(COLOURS) - 1)]
+
+
 def look(entry: Arm) -> dict[str, Any]:
     """Colour by the system, dashes by the position encoding, a hollow marker for other traits."""
     place = [e.name for e in CATALOGUE].index(entry.entry.name)
+    own = colour(entry.entry.name)
     traits = set(entry.name.split("/")[1:]) & {"bare", "hybrid", "layerscale"}
     return {
-        "color": COLOURS[place % len(COLOURS)],
+        "color": own,
         "marker": MARKERS[place % len(MARKERS)],
         "linestyle": LINES[entry.positions],
-        "markerfacecolor": "white" if traits else COLOURS[place % len(COLOURS)],
+        "markerfacecolor": "white" if traits else own,
     }
 
 
@@ -259,6 +275,149 @@ def row_maps() -> Figure:
     figure.supylabel("weight", fontsize=9)
     figure.tight_layout()
     return figure
+
+
+def injectivity(found: Sequence[Measured]) -> Figure:
+    """Which systems tell their queries apart: rows of four, what the Jacobian loses, confusion.
+
+    Above, where curves fall on one another the queries are confused. Below, a dot at rounding is a
+    direction in which the query moves and the row does not.
+    """
+    figure = plt.figure(figsize=(13, 7.4), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.25))
+    above, below = parts
+    shown = [m for m in found if m.subject.title in ROWS_SHOWN]
+    axes = above.subplots(1, len(shown), sharex=True)
+    for axis, m in zip(axes, shown, strict=True):
+        for i, (factor, row) in enumerate(zip(m.factors, m.rows, strict=True)):
+            axis.plot(
+                row.numpy(), color=colour(m.subject.name), alpha=0.4 + 0.2 * i,
+                linewidth=2.6 - 0.5 * i, linestyle=("-", (0, (4, 2)), (0, (1, 1.5)), "-.")[i],
+                label=FAMILY_LABELS[m.subject.family].format(factor),
+            )  # fmt: skip
+        axis.set_title(m.subject.title, fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.set_xticks([])
+        axis.legend(fontsize=7, handlelength=3, labelspacing=0.2)
+    axes[0].set_ylabel("weight")
+    above.supxlabel("keys, the highest score first", fontsize=9)
+    above.suptitle(
+        "The rows of four different queries: where there is one curve they are confused",
+        fontsize=11, fontweight="bold",
+    )  # fmt: skip
+    left, right = below.subplots(1, 2, sharey=True)
+    places = np.arange(len(found), 0, -1)
+    colours = [colour(m.subject.name) for m in found]
+    ratios = [max(m.ratio, RATIO_FLOOR) for m in found]
+    left.axvspan(RATIO_FLOOR / 3, 1e-14, color="#F2DEDE", linewidth=0)
+    left.annotate("a direction is lost", (1.3e-17, len(found) + 0.62), color="#A94442", fontsize=8)
+    left.hlines(places, ratios, 1, color="#DDDDDD", linewidth=1, zorder=1)
+    faces = [
+        c if m.subject.title in TITLES else "white" for m, c in zip(found, colours, strict=True)
+    ]
+    left.scatter(ratios, places, color=faces, edgecolors=colours, s=60, linewidths=1.6, zorder=2)
+    for m, x, y in zip(found, ratios, places, strict=True):
+        text = "0" if m.ratio < RATIO_FLOOR else f"{m.ratio:.0e}".replace("e-0", "e-")
+        left.annotate(
+            text, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7.5,
+            color="#444444",
+        )  # fmt: skip
+    left.set_xscale("log")
+    left.set_xlim(RATIO_FLOOR / 3, 3)
+    left.set_ylim(0.4, len(found) + 1.1)
+    left.set_yticks(places, [m.subject.title for m in found])
+    left.set_xlabel("smallest singular value of dA/dq, as a share of the largest")
+    left.set_title("What the row knows of its query")
+    height = 0.8 / len(found[0].confusion)
+    for i, family in enumerate(found[0].confusion):
+        shares = [m.confusion[family] for m in found]
+        at = places + 0.4 - height * (i + 0.5)
+        right.barh(at, shares, height, color=FAMILY_COLOURS[i], label=f"queries of {family}")
+    for m, y in zip(found, places, strict=True):
+        if not any(m.confusion.values()):
+            right.annotate("none found", (0.01, y), va="center", fontsize=8, color="#444444")
+    right.set_xlim(0, 1.02)
+    right.set_xlabel("different queries that get the same row, share of pairs")
+    right.set_title("Confusion")
+    right.legend(loc="lower right", fontsize=8)
+    for axis in (left, right):
+        axis.grid(axis="y", visible=False)
+    return figure
+
+
+def mqar(study: Study) -> Figure:
+    """Answers found against the width of queries and keys, mean and deviation over the seeds."""
+    figure, axis = plt.subplots(figsize=(7.2, 4.4))
+    setting = study.setting
+    for arm in setting.arms:
+        known = [(n, s) for n in setting.key_dims if (s := study.accuracy(arm, n)) is not None]
+        if not known:
+            continue
+        n = [n for n, _ in known]
+        mean = np.array([s.mean for _, s in known])
+        sd = np.array([s.sd for _, s in known])
+        look = ARM_LOOKS[arm]
+        axis.plot(n, mean, label=MQAR_ARMS[arm].title, **look)
+        axis.fill_between(n, mean - sd, mean + sd, color=look["color"], alpha=0.1, linewidth=0)
+    axis.axhline(1 / setting.pairs, color="#999999", linewidth=1)
+    axis.annotate(
+        "a guess among the values in sight", (setting.key_dims[-1], 1 / setting.pairs), (0, -11),
+        textcoords="offset points", ha="right", color="#777777", fontsize=8,
+    )  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(setting.key_dims, [f"{n}\n{n * setting.width}" for n in setting.key_dims])
+    axis.minorticks_off()
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_xlabel("width n of queries and keys, and n d, the state of a linear layer in numbers")
+    axis.set_ylabel("answers found (share)")
+    axis.set_title(f"Recall of {setting.pairs} pairs, one block for all mixers")
+    _legend_below(figure, axis)
+    return figure
+
+
+ARM_LOOKS: dict[str, dict[str, Any]] = {
+    "softmax": {"color": colour("softmax"), "marker": "o"},
+    "linear": {"color": "#D55E00", "marker": "s"},
+    "linear-exp": {
+        "color": "#D55E00",
+        "marker": "s",
+        "linestyle": "--",
+        "markerfacecolor": "white",
+    },
+    "linear-bare": {
+        "color": "#D55E00",
+        "marker": "v",
+        "linestyle": ":",
+        "markerfacecolor": "white",
+    },
+    "normalised": {"color": colour("normalised"), "marker": "^"},
+    "bare": {
+        "color": colour("normalised"),
+        "marker": "v",
+        "linestyle": ":",
+        "markerfacecolor": "white",
+    },
+}
+"""Colour by the features, dashes by the normaliser: whole for what a paper proposes."""
+
+
+TITLES = {entry.title for entry in CATALOGUE}
+ROWS_SHOWN = (
+    "softmax",
+    "InLine",
+    "InLine with relu",
+    "linear (elu + 1)",
+    "cosFormer",
+    "Cottention",
+)
+FAMILY_LABELS = {
+    "one direction": "{:g} q",
+    "one positive part": "relu(q) − {:g} relu(−q)",
+    "one ray of elu + 1": "φ⁻¹({:g} φ(q))",
+}
+RATIO_FLOOR = 1e-17
+"""Where the ratio 0 stands on a logarithmic axis."""
+FAMILY_COLOURS = ("#555555", "#A6A6A6", "#D55E00")
 
 
 def save(figures: dict[str, Figure], folder: Path) -> None:
