@@ -40,7 +40,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftermax.attention import attention
-from aftermax.lab.results import T_975, Spread, spread
+from aftermax.lab.results import Spread, spread
+from aftermax.lab.verdicts import paired
 from aftermax.linear.elu import elu_plus_one
 from aftermax.linear.separable import divided
 from aftermax.linear.walk import walk
@@ -404,12 +405,7 @@ class Study(NamedTuple):
 
     def difference(self, ours: str, theirs: str, key_dim: int) -> tuple[float, float] | None:
         """Mean of (ours - theirs) seed by seed, and the half-width of its 95% interval."""
-        a, b = self.by_seed(ours, key_dim), self.by_seed(theirs, key_dim)
-        paired = spread({seed: a[seed] - b[seed] for seed in a.keys() & b.keys()})
-        if paired is None or paired.count < 2:
-            return None
-        half = T_975[paired.count - 2] * paired.sd / math.sqrt(paired.count)
-        return paired.mean, half
+        return paired(self.by_seed(ours, key_dim), self.by_seed(theirs, key_dim))
 
     def verdicts(self) -> list[str]:
         """What was measured of each claim: differences with their 95% intervals, of three seeds or
@@ -425,9 +421,10 @@ class Study(NamedTuple):
     def _over(self, ours: str, theirs: str, about: str) -> Iterable[str]:
         parts = []
         for key_dim in self.setting.key_dims:
-            if len(self.by_seed(ours, key_dim).keys() & self.by_seed(theirs, key_dim)) < 3:
+            difference = self.difference(ours, theirs, key_dim)
+            if difference is None:
                 continue
-            mean, half = self.difference(ours, theirs, key_dim) or (math.nan, math.nan)
+            mean, half = difference
             sure = "" if abs(mean) > half else ", not told apart"
             parts.append(f"n = {key_dim}: {mean:+.2f} ± {half:.2f}{sure}")
         if parts:
