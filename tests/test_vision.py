@@ -389,11 +389,11 @@ def test_the_initial_loss_is_that_of_knowing_nothing(images):
 
 def test_weights_of_a_module_that_is_no_row_map_are_not_looked_at(images, monkeypatch):
     monkeypatch.setattr(
-        models, "image_attention", lambda work, arm: torch.nn.Linear(work.width, work.width)
+        models, "image_attention", lambda work, arm, layer: torch.nn.Linear(work.width, work.width)
     )
     found = vision.evaluate(vision.model(run_of(images), images), TINY, images, 0)
     assert {row.measure for row in found} == {
-        "loss", "accuracy", "trained_loss", "trained_accuracy",
+        "loss", "accuracy", "trained_loss", "trained_accuracy", "parameters",
     }  # fmt: skip
 
 

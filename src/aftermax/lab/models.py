@@ -131,10 +131,10 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(
-                    Branch(image_attention(work, arm), work.width, **options),
+                    Branch(image_attention(work, arm, layer), work.width, **options),
                     Branch(SwiGLU(work.width), work.width, **options),
                 )
-                for _ in range(work.layers)
+                for layer in range(work.layers)
             )
         )
         self.norm = nn.RMSNorm(work.width)
@@ -164,14 +164,14 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(images))).mean(1))
 
 
-def image_attention(work: VisionWork, arm: Arm) -> nn.Module:
+def image_attention(work: VisionWork, arm: Arm, layer: int) -> nn.Module:
     """(B, T, width) -> the same, every patch of the grid in sight."""
     if arm.entry.image_module is not None:
         return arm.entry.image_module(work.width, heads=work.heads, grid=work.grid)
     return Attention(
         work.width,
         work.heads,
-        weights=arm.entry.system,
+        weights=arm.system_of(layer, work.layers, work.context),
         positions="none",
         causal=False,
         qk_norm=arm.qk_norm,

@@ -70,7 +70,10 @@ def loss(model: VisionTransformer, data: Batch, run: Run[VisionWork]) -> tuple[T
 
 
 def evaluate(model: VisionTransformer, work: VisionWork, images: Images, step: int) -> list[Row]:
-    """Loss and accuracy on the test split, and on as many images that were trained on."""
+    """Loss and accuracy on the test split, and on as many images that were trained on.
+
+    Parameters are counted, since a system's own module for images may have more or fewer.
+    """
     test, trained = images.splits["test"], images.splits["train"]
     some = torch.randperm(len(trained.labels), generator=torch.Generator().manual_seed(0))
     trained = Labelled(*(part[some[: len(test.labels)]] for part in trained))
@@ -79,6 +82,7 @@ def evaluate(model: VisionTransformer, work: VisionWork, images: Images, step: i
         logits = _logits(model, work, images, held)
         found[f"{prefix}loss"] = F.cross_entropy(logits, held.labels).item()
         found[f"{prefix}accuracy"] = (logits.argmax(1) == held.labels).float().mean().item()
+    found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     few = torch.linspace(0, len(test.labels) - 1, 64).long().unique()
     found |= sharpness(model, [images.normed(test.pixels[few])])
     found.pop("first_mass", None)  # the first patch is a corner like any other

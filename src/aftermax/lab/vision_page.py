@@ -9,6 +9,7 @@ from aftermax.lab.page import Cell, Page, Tables, cost_row, shared_settings, tab
 from aftermax.lab.page import terminal_table as begin_terminal_table
 from aftermax.lab.results import Results
 from aftermax.lab.vision import MEMORY_BATCHES, told
+from aftermax.lab.work import Arm
 
 CAPTIONS = {
     "held_out": (
@@ -56,10 +57,16 @@ def tables(results: Results) -> Tables:
         ),
         "Cost": (
             ["system", "learning rate", "training speed, ratio (range)", "images/s",
-             f"peak MiB of {MEMORY_BATCHES * results.work.batch} images"],
-            [cost_row(results, entry, results.work.context) for entry in results.arms],
+             f"peak MiB of {MEMORY_BATCHES * results.work.batch} images", "parameters"],
+            [_cost_row(results, entry) for entry in results.arms],
         ),
     }  # fmt: skip
+
+
+def _cost_row(results: Results, entry: Arm) -> list[Cell]:
+    counted = results.at(entry.name, "parameters", 1)
+    count = Cell("–" if counted is None else f"{counted.mean:,.0f}")
+    return [*cost_row(results, entry, results.work.context), count]
 
 
 def settings(results: Results) -> dict[str, str]:
