@@ -26,7 +26,7 @@ from aftermax.lab.work import Run, Work, arm
 
 from .lab_work import open_store
 
-TINY = VisionWork(systems=("softmax",), layers=1, width=16, heads=2, steps=6, batch=8)
+TINY = VisionWork(systems=("softmax",), patch=2, layers=1, width=16, heads=2, steps=6, batch=8)
 
 
 @pytest.fixture(scope="module")

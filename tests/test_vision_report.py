@@ -96,7 +96,7 @@ def verdicts(loss, accuracy, systems=("softmax", "cosine"), baseline="softmax") 
         (other, "loss", 16): dict(enumerate(loss)),
         (other, "accuracy", 16): dict(enumerate(accuracy)),
     }
-    work = VisionWork(systems=systems, seeds=(0, 1, 2))
+    work = VisionWork(systems=systems, patch=2, seeds=(0, 1, 2))
     return Results(work, "quick", {}, {}, values, {}, {}, {}).verdicts()
 
 
