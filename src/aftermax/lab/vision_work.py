@@ -107,7 +107,6 @@ PRESETS = {
         _STANDARD,
         layers=6,
         width=128,
-        shift=1,
         steps=5000,
         search_steps=1500,
         seeds=(0, 1, 2, 3, 4),
