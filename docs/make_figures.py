@@ -171,6 +171,7 @@ def main() -> None:
         with plt.style.context(plots.STYLE):
             ours = {"row_maps": plots.row_maps(), "row_lengths": kernel_results.row_lengths()}
             ours["injectivity"] = plots.injectivity(studies.injectivity_measured())
+            ours["soft_conditioning"] = studies.soft_conditioning()
             if studies.MQAR.exists():
                 ours["mqar"] = plots.mqar(studies.mqar_study())
             if kernel_results.ATTENTION.exists():

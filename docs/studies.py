@@ -1,4 +1,4 @@
-"""Studies of the linear family as tables: injectivity, and recall against the size of the state."""
+"""Studies as tables and figures: injectivity, recall against the size of the state, SOFT."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import json
 from functools import cache
 from pathlib import Path
 
-from aftermax.lab import injectivity
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from aftermax.lab import injectivity, plots
 from aftermax.lab.mqar import ARMS, Study
+from aftermax.lowrank.newton import newton_inverse
 
 MQAR = Path(__file__).parent / "results" / "mqar.json"
 
@@ -63,3 +69,75 @@ def mqar_page() -> str:
         return "Not measured yet."
     figure = "![Answers found against the width of queries and keys](figures/mqar.png)"
     return f"{mqar_table()}\n\n{figure}\n\n{mqar_verdicts()}"
+
+
+# ---- SOFT --------------------------------------------------------------------------------------
+
+CROWDS = {
+    "d = 32, deviation 1": (32, 1.0),
+    "d = 32, deviation 0.3": (32, 0.3),
+    "d = 4, deviation 1": (4, 1.0),
+    "d = 2, deviation 0.5": (2, 0.5),
+}
+"""49 Gaussian landmarks, from far apart to crowded."""
+
+
+def _landmark_kernel(width: int, deviation: float) -> Tensor:
+    random = torch.Generator().manual_seed(0)
+    x = deviation * width**-0.25 * torch.randn(49, width, generator=random, dtype=torch.float64)
+    return torch.exp(-torch.cdist(x, x).square() / 2)
+
+
+def _bare_residuals(matrix: Tensor, steps: int) -> list[float]:
+    """|A Y A - A| / |A| after each step of Newton's iteration, without a guard."""
+    inverse = 1.8 / matrix.abs().sum(0).max() ** 2 * matrix
+    found = []
+    for _ in range(steps):
+        inverse = 2 * inverse - inverse @ matrix @ inverse
+        found.append(((matrix @ inverse @ matrix - matrix).norm() / matrix.norm()).item())
+    return found
+
+
+def soft_conditioning() -> Figure:
+    """What Newton's iteration makes of crowded landmarks, and what more landmarks bring."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4))
+    steps = range(1, 61)
+    for i, (name, crowd) in enumerate(CROWDS.items()):
+        matrix = _landmark_kernel(*crowd)
+        shown = f"{name} (condition {torch.linalg.cond(matrix).item():.0e})"
+        own = plots.COLOURS[i]
+        left.plot(steps, _bare_residuals(matrix, 60), color=own, label=shown)
+        middle.plot(steps, _bare_residuals(matrix.float(), 60), "--", color=own)
+        guarded = [newton_inverse(matrix.float(), n, return_residual=True)[1] for n in steps]
+        middle.plot(steps, guarded, color=own)
+    for axis, title in ((left, "float64"), (middle, "float32: dashed without the guard")):
+        axis.set_yscale("log")
+        axis.set_ylim(1e-17, 10)
+        axis.axvline(20, color="#999999", linewidth=1)
+        axis.set_xlabel("steps (20 in the paper)")
+        axis.set_title(title)
+    left.set_ylabel("residual |A Y A − A| / |A|")
+    middle.legend(*left.get_legend_handles_labels(), fontsize=7.5, loc="lower left")
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 8, generator=random, dtype=torch.float64)
+    kernel = torch.exp(-torch.cdist(x, x).square() / 2 / 8**0.5)
+    counts = (8, 16, 32, 49, 64, 128, 256)
+    for ridge, style in ((0.0, "--"), (0.01, "-")):
+        errors = []
+        for count in counts:
+            chosen = x[:count]
+            across = torch.exp(-torch.cdist(x, chosen).square() / 2 / 8**0.5)
+            inverse = newton_inverse(across[:count], 30, ridge)
+            errors.append(((across @ inverse @ across.mT - kernel).norm() / kernel.norm()).item())
+        right.plot(counts, errors, style, marker="o", color="#222222", label=f"ridge {ridge:g}")
+    right.set_xscale("log", base=2)
+    right.set_yscale("log")
+    right.set_ylim(1e-3, 1.5)
+    right.set_xticks(counts, [str(n) for n in counts])
+    right.minorticks_off()
+    right.set_xlabel("landmarks, of 256 tokens (d = 8)")
+    right.set_ylabel("error of the whole kernel")
+    right.set_title("More landmarks")
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    return figure

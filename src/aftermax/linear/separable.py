@@ -226,7 +226,7 @@ class Separable:
                     f"got {seen.dtype} of shape {tuple(seen.shape)}"
                 )
             mask = seen[:, None, None]
-        visible = replace(visible, mask=mask)
+        visible = replace(visible, mask=mask, offset=0)  # the state knows how many there were
         check_inputs(query, key, value, enable_gqa)
         call = self._checked(query, key, value, visible, scale, dropout_p, impl, form, learned)
         with no_autocast(query.device):
@@ -291,9 +291,9 @@ class Separable:
         held = state.count[:, None, None]
         count = held + (number.cumsum(-1) if causal else number.sum(-1, keepdim=True))
         places = Places(
-            _positions(state.length, queries, call.key),
+            _positions(state.length + call.visible.offset, queries, call.key),
             _positions(state.length, tokens, call.key),
-            state.length + max(tokens, queries),
+            state.length + max(tokens, queries + call.visible.offset),
             count.to(call.query.dtype),
             count.to(call.query.dtype),
             self._key_sums(clean, causal, state, heads) if self.needs_key_sums else None,
