@@ -2,6 +2,8 @@
 
     aftermax compare standard
     aftermax export --to docs/results/standard.parquet
+    aftermax compare standard --task vision --out aftermax-images
+    aftermax export --out aftermax-images --to docs/results/vision.parquet
     python benchmarks/rows.py --save docs/results/rows.json
     python benchmarks/attention.py --save docs/results/attention.json
     python benchmarks/linear.py --save docs/results/linear.json
@@ -32,6 +34,7 @@ from aftermax.lab.results import Results
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results" / "standard.parquet"
+IMAGES = DOCS / "results" / "vision.parquet"
 ALIBI = "Flat loss to 16x (3.281 -> 3.270), but the needle is lost (2505.17083)."
 """Published of softmax with ALiBi, which is no entry of its own."""
 PAGES = (
@@ -41,6 +44,7 @@ PAGES = (
     DOCS / "kernels.md",
     DOCS / "attention_kernels.md",
     DOCS / "linear.md",
+    DOCS / "images.md",
 )
 
 
@@ -107,6 +111,10 @@ def of_linear(block: Callable[[], str]) -> Callable[[Results], str]:
     return lambda _: block() if linear_results.LINEAR.exists() else "Not measured yet."
 
 
+def of_images(block: Callable[[Results], str]) -> Callable[[Results], str]:
+    return lambda _: block(Results.of_parquet(IMAGES)) if IMAGES.exists() else "Not measured yet."
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "attention-summary": of_attention(kernel_results.attention_summary),
     "attention-targets": of_attention(kernel_results.attention_targets),
@@ -131,6 +139,9 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "row-algorithms": lambda _: kernel_results.row_algorithms(),
     "row-memory": lambda _: kernel_results.row_memory(),
     "row-machine": lambda _: kernel_results.machine(kernel_results.ROWS),
+    "image-tables": of_images(all_tables),
+    "image-verdicts": of_images(verdicts),
+    "image-settings": of_images(settings_list),
     "loss-table": loss_table,
     "verdicts": verdicts,
     "all-tables": all_tables,
@@ -179,6 +190,9 @@ def main() -> None:
                 ours["attention_memory"] = kernel_results.attention_memory()
             if linear_results.LINEAR.exists():
                 ours["linear_lengths"] = linear_results.linear_lengths()
+        if IMAGES.exists():
+            drawn = plots.draw(Results.of_parquet(IMAGES))
+            ours |= {f"image_{name}": figure for name, figure in drawn.items()}
         plots.save(ours | plots.draw(results), DOCS / "figures")
 
 

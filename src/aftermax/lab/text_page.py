@@ -81,7 +81,7 @@ def settings(results: Results) -> dict[str, str]:
         "text": f"{data['name']}, {data['tokens'] / 1e6:.1f} million tokens ({work.tokenizer}), "
         f"digest {data['digest']}",
         "model": f"{said['size']}; SwiGLU, RMSNorm, tied embeddings, {said['norms']}",
-        "positions": f"{work.positions} where a name says nothing else; p-RoPE turns the "
+        "positions": f"{work.positions} where neither name nor formula says else; p-RoPE turns the "
         f"{turning} fastest of {work.width // work.heads // 2} frequencies",
         "training": f"{work.steps} steps of {work.batch} x {work.context} tokens, "
         f"{work.recall_share:.0%} of a batch recall tasks; AdamW, warm-up, cosine",
