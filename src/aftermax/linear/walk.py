@@ -29,6 +29,7 @@ from torch import Tensor
 from aftermax import kernels
 from aftermax.attention import IMPLS, attention
 from aftermax.blocks import no_autocast
+from aftermax.fused import EMPTY
 from aftermax.kernels import linear_ops
 from aftermax.reference import transformed
 from aftermax.visible import Rows, Visible
@@ -100,7 +101,7 @@ def walk(
             form = "recurrent"
         if form == "chunked" or form is None:
             refusal = why_not_cpu(query, key, value)
-            if impl == "cpu" and refusal is not None:
+            if impl == "cpu" and refusal not in (None, EMPTY):
                 raise RuntimeError(f"walk: impl='cpu', but {refusal}")
             if impl != "reference" and refusal is None:
                 return Walked(*linear_ops.walk(query, key, value, rate, state, totals))
@@ -125,7 +126,7 @@ def why_not_cpu(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if transformed():
         return "the kernel knows no torch.func transforms and no forward-mode derivatives"
     if not all((query.numel(), key.numel(), value.numel())):
-        return "there is nothing to compute"
+        return EMPTY
     return None
 
 
@@ -147,11 +148,11 @@ def both_ways(
     >>> both_ways(x, x, x).out.flatten()
     tensor([3., 3., 3.])
     """
+    _check(query, key, value, rate, None, impl, same_length=rate is not None)
     with no_autocast(query.device):
         query, key, value = _widened(query, key, value)
         groups = query.shape[1] // key.shape[1]
         if rate is None:
-            _check(query, key, value, rate, None, impl, same_length=False)
             value = _with_ones(value) if totals else value
             state = key.mT @ value
             return _split(query @ _repeated(state, groups), state, totals)
@@ -332,8 +333,9 @@ def _state(state: Tensor | None, key: Tensor, value: Tensor, totals: bool) -> Te
     shape = (*key.shape[:2], key.shape[-1], value.shape[-1] + totals)
     if state is None:
         return key.new_zeros(shape)
-    if state.shape[1] != shape[1] and shape[1] % state.shape[1] == 0:
-        state = state.repeat_interleave(shape[1] // state.shape[1], 1)
+    heads = state.shape[1] if state.ndim == 4 else 0
+    if heads and shape[1] % heads == 0:
+        state = _repeated(state, shape[1] // heads)
     if tuple(state.shape) != shape:
         raise ValueError(f"state must be {shape}, got {tuple(state.shape)}")
     return state.to(key.dtype)
