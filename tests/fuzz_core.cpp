@@ -1439,6 +1439,200 @@ void try_attention(const am_body_table* body) {
   x.backward(body);
 }
 
+// The walk of the linear family, forward and backward, as a sum over pairs of tokens.
+struct Walk {
+  int64_t batch, kv_heads, heads, tokens, width, value_width, totals, values;
+  const Format& f = FORMATS[0];
+  Heads query, key, value, out, grad, grad_query, grad_key, grad_value;
+  Array<float> rate, state, total, new_state, of_total, of_new_state, of_state;
+  am_walk a;
+  bool goes_on;  // whether there is a gradient of the new state
+
+  Walk(int64_t b, int64_t kv, int64_t group, int64_t t, int64_t d, int64_t dv, int64_t sums)
+      : batch(b), kv_heads(kv), heads(kv * group), tokens(t), width(d), value_width(dv), totals(sums), values(dv + sums),
+        query(b, heads, t, d, f, true), key(b, kv, t, d, f, true), value(b, kv, t, dv, f, true), out(b, heads, t, dv, f, false),
+        grad(b, heads, t, dv, f, true), grad_query(b, heads, t, d, f, false), grad_key(b, kv, t, d, f, false),
+        grad_value(b, kv, t, dv, f, false), rate(heads), state(b * kv * d * values), total(sums * b * heads * t),
+        new_state(state.size), of_total(total.size), of_new_state(state.size), of_state(state.size), goes_on(!one_in(3)) {
+    for (Heads* x : {&query, &key, &value, &grad})
+      for (int64_t r = 0; r < x->own.rows; ++r)
+        for (int64_t i = 0; i < x->own.length; ++i) x->set(r, i, normal());
+    for (Array<float>* x : {&state, &of_total, &of_new_state})
+      for (int64_t i = 0; i < x->size; ++i) (*x)[i] = (float)normal();
+    for (int64_t h = 0; h < heads; ++h) rate[h] = (float)pick({0.0, uniform() / 50, uniform(), 8 * uniform(), 1e4});
+    memset(&a, 0, sizeof a);
+    a.batch = b;
+    a.heads = heads;
+    a.kv_heads = kv;
+    a.tokens = t;
+    a.width = d;
+    a.value_width = dv;
+    a.totals = (int32_t)sums;
+    a.query = query.heads();
+    a.key = key.heads();
+    a.value = value.heads();
+    if (group == 1 && one_in(2)) a.rate = rate.begin();
+    if (!one_in(3)) a.state = state.begin();
+  }
+  std::string describe() const {
+    return text("(%lld, %lld/%lld, %lld, %lld, %lld), totals %lld, rate %d, state %d, gradient of the state %d", (long long)batch,
+                (long long)heads, (long long)kv_heads, (long long)tokens, (long long)width, (long long)value_width,
+                (long long)totals, a.rate != nullptr, a.state != nullptr, goes_on);
+  }
+  double decay(int64_t h, int64_t steps) { return a.rate ? std::exp(-(double)rate[h] * (double)steps) : 1; }
+  int64_t number(int64_t b, int64_t h) const { return b * kv_heads + h / (heads / kv_heads); }
+  double before(int64_t b, int64_t h, int64_t d, int64_t e) {
+    return a.state ? (double)state[(number(b, h) * width + d) * values + e] : 0;
+  }
+  double after(int64_t b, int64_t h, int64_t d, int64_t e) {
+    return goes_on ? (double)of_new_state[(number(b, h) * width + d) * values + e] : 0;
+  }
+  std::vector<double> values_of(int64_t b, int64_t h, int64_t j) const {
+    std::vector<double> v = value.at_row(b, h / (heads / kv_heads), j);
+    if (totals) v.push_back(1);
+    return v;
+  }
+  std::vector<double> grads_of(int64_t b, int64_t h, int64_t i) {
+    std::vector<double> g = grad.at_row(b, h, i);
+    if (totals) g.push_back(of_total[(b * heads + h) * tokens + i]);
+    return g;
+  }
+  // Of the absolute terms: a sum in one lane goes on for a chunk, or for a width, and rounds at each step; the largest of
+  // many lies six root mean squares out.
+  void hold(double got, About want, const char* name, int64_t row, int64_t k) const {
+    double steps = (double)std::max<int64_t>(64, std::max(width, values));
+    check(got, want.value, 6 * std::sqrt(steps / 12) * ULP * want.error + 1e-37, f, name, row, k);
+  }
+  static void add(About& to, double x) { to.add(x, std::fabs(x)); }
+  static void add(About& to, double factor, About x) { to.add(factor * x.value, std::fabs(factor) * x.error); }
+  static About product(const std::vector<double>& x, const std::vector<double>& y) {
+    About out;
+    out.value = dot(x, y, &out.error);
+    return out;
+  }
+
+  void forward(const am_body_table* body) {
+    a.out = out.heads();
+    a.total = total.begin();
+    a.new_state = new_state.begin();
+    run({&out.block, &total, &new_state}, [&](am_parallel with) { return body->linear_walk(&a, with); });
+    out.check_between();
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t i = 0; i < tokens; ++i) {
+          std::vector<double> q = query.at_row(b, h, i);
+          std::vector<About> sum((size_t)values);
+          for (int64_t e = 0; e < values; ++e)
+            for (int64_t d = 0; d < width; ++d) add(sum[(size_t)e], decay(h, i + 1) * q[(size_t)d] * before(b, h, d, e));
+          for (int64_t j = 0; j <= i; ++j) {
+            About s = product(q, key.at_row(b, h / (heads / kv_heads), j));
+            std::vector<double> v = values_of(b, h, j);
+            for (size_t e = 0; e < v.size(); ++e) add(sum[e], decay(h, i - j) * v[e], s);
+          }
+          int64_t at = out.index(b, h, i);
+          for (int64_t e = 0; e < value_width; ++e) hold(out.get(at, e), sum[(size_t)e], "out", at, e);
+          if (totals) hold(total[at], sum[(size_t)value_width], "total", at, 0);
+        }
+        if (h % (heads / kv_heads) != 0) continue;
+        std::vector<About> left((size_t)(width * values));
+        for (int64_t d = 0; d < width; ++d)
+          for (int64_t e = 0; e < values; ++e) add(left[(size_t)(d * values + e)], decay(h, tokens) * before(b, h, d, e));
+        for (int64_t j = 0; j < tokens; ++j) {
+          std::vector<double> k = key.at_row(b, h / (heads / kv_heads), j), v = values_of(b, h, j);
+          for (size_t d = 0; d < k.size(); ++d)
+            for (size_t e = 0; e < v.size(); ++e) add(left[d * v.size() + e], decay(h, tokens - 1 - j) * k[d] * v[e]);
+        }
+        for (size_t i = 0; i < left.size(); ++i)
+          hold(new_state[number(b, h) * width * values + (int64_t)i], left[i], "new_state", number(b, h), (int64_t)i);
+      }
+  }
+
+  void backward(const am_body_table* body) {
+    am_walk_backward g;
+    memset(&g, 0, sizeof g);
+    g.forward = a;
+    memset(&g.forward.out, 0, sizeof g.forward.out);  // not read
+    g.forward.total = g.forward.new_state = nullptr;
+    g.grad = grad.heads();
+    g.grad_total = of_total.begin();
+    g.grad_state = goes_on ? of_new_state.begin() : nullptr;
+    g.grad_query = grad_query.heads();
+    g.grad_key = grad_key.heads();
+    g.grad_value = grad_value.heads();
+    g.grad_of_state = of_state.begin();
+    run({&grad_query.block, &grad_key.block, &grad_value.block, &of_state},
+        [&](am_parallel with) { return body->linear_walk_backward(&g, with); });
+    for (Heads* x : {&grad_query, &grad_key, &grad_value}) x->check_between();
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t kv = 0; kv < kv_heads; ++kv) differentiate(b, kv);
+  }
+  void differentiate(int64_t b, int64_t kv) {
+    int64_t group = heads / kv_heads, first = kv * group;
+    auto nothing = [](int64_t rows, int64_t row) { return std::vector<std::vector<About>>((size_t)rows, std::vector<About>((size_t)row)); };
+    std::vector<std::vector<About>> of_key = nothing(tokens, width), of_value = nothing(tokens, values),
+                                    of_before = nothing(width, values);
+    for (int64_t d = 0; d < width; ++d)
+      for (int64_t e = 0; e < values; ++e)
+        add(of_before[(size_t)d][(size_t)e], decay(first, tokens) * after(b, first, d, e));
+    for (int64_t j = 0; j < tokens; ++j) {  // what the state after the last token asks of each
+      std::vector<double> k = key.at_row(b, kv, j), v = values_of(b, first, j);
+      for (int64_t d = 0; d < width; ++d)
+        for (int64_t e = 0; e < values; ++e) {
+          double x = decay(first, tokens - 1 - j) * after(b, first, d, e);
+          add(of_key[(size_t)j][(size_t)d], x * v[(size_t)e]);
+          add(of_value[(size_t)j][(size_t)e], x * k[(size_t)d]);
+        }
+    }
+    for (int64_t h = first; h < first + group; ++h)
+      for (int64_t i = 0; i < tokens; ++i) {
+        std::vector<double> q = query.at_row(b, h, i), g = grads_of(b, h, i);
+        std::vector<About> of_query((size_t)width);
+        for (int64_t d = 0; d < width; ++d)
+          for (int64_t e = 0; e < values; ++e) {
+            add(of_query[(size_t)d], decay(h, i + 1) * g[(size_t)e] * before(b, h, d, e));
+            add(of_before[(size_t)d][(size_t)e], decay(h, i + 1) * q[(size_t)d] * g[(size_t)e]);
+          }
+        for (int64_t j = 0; j <= i; ++j) {
+          std::vector<double> k = key.at_row(b, kv, j);
+          About slope = product(g, values_of(b, h, j)), s = product(q, k);
+          double near = decay(h, i - j);
+          for (size_t d = 0; d < q.size(); ++d) {
+            add(of_query[d], near * k[d], slope);
+            add(of_key[(size_t)j][d], near * q[d], slope);
+          }
+          for (size_t e = 0; e < g.size(); ++e) add(of_value[(size_t)j][e], near * g[e], s);
+        }
+        int64_t at = query.index(b, h, i);
+        for (int64_t d = 0; d < width; ++d) hold(grad_query.get(at, d), of_query[(size_t)d], "grad_query", at, d);
+      }
+    for (int64_t j = 0; j < tokens; ++j) {
+      int64_t at = key.index(b, kv, j);
+      for (int64_t d = 0; d < width; ++d) hold(grad_key.get(at, d), of_key[(size_t)j][(size_t)d], "grad_key", at, d);
+      for (int64_t e = 0; e < value_width; ++e) hold(grad_value.get(at, e), of_value[(size_t)j][(size_t)e], "grad_value", at, e);
+    }
+    for (int64_t d = 0; d < width; ++d)
+      for (int64_t e = 0; e < values; ++e)
+        hold(of_state[((b * kv_heads + kv) * width + d) * values + e], of_before[(size_t)d][(size_t)e], "grad_of_state", d, e);
+  }
+};
+
+void try_walk(const am_body_table* body) {
+  auto some = [] { return one_in(3) ? between(1, 12) : one_in(2) ? pick<int64_t>({16, 32, 64, 128}) + between(-2, 2) : between(1, 100); };
+  int64_t tokens = one_in(4) ? between(1, 300) : some(), width = some(), wide = some();
+  int64_t batch = between(1, 2), kv_heads = between(1, 3), group = between(1, 3);
+  while (batch * kv_heads * group * tokens * (tokens * (width + wide) + 4 * width * wide) > 4000000) {
+    if (batch * kv_heads * group > 2) batch = 1, kv_heads = (kv_heads + 1) / 2, group = (group + 1) / 2;
+    else if (width + wide > 30) width = (width + 1) / 2, wide = (wide + 1) / 2;
+    else tokens = (tokens + 1) / 2;
+  }
+  Walk x(batch, kv_heads, group, tokens, width, wide, below(2));
+  const std::string before = what;
+  what = before + "linear_walk: " + x.describe();
+  x.forward(body);
+  what = before + "linear_walk_backward: " + x.describe();
+  x.backward(body);
+}
+
 void try_memory(const am_body_table* body) {
   int64_t n = one_in(2) ? some_length() : between(1, 200000);
   Array<float> x(n), y(n);
@@ -1475,7 +1669,7 @@ void try_fresh(const am_body_table* body) {
 void try_something(const am_body_table* body, long round) {
   if (round % 3000 == 1000) return try_linear(body, true);
   if (round % 500 == 250) return try_fresh(body);
-  switch (below(18)) {
+  switch (below(20)) {
     case 0: case 1: case 2: case 3: return try_softmax(body);
     case 4: return try_softmax_backward(body);
     case 5: return try_logsumexp(body);
@@ -1485,6 +1679,7 @@ void try_something(const am_body_table* body, long round) {
     case 11: return try_rounding(body);
     case 12: case 13: case 14: case 15: return try_attention(body);
     case 16: return try_count(body);
+    case 17: case 18: return try_walk(body);
     default: return try_memory(body);
   }
 }

@@ -23,9 +23,9 @@ from .attention_cases import EPS, LAYOUTS, TIMES, assert_within, laid_out
 from .native import BF16, F16, F32, F64, bodies, needs_kernels, normal, running
 
 UNITS = TIMES * math.sqrt(CHUNK / 12)
-"""Of eps. A chunk's terms are added in one lane, one after another: so many roundings of at most half
-an eps, evenly spread, which makes sqrt(1/12) of an eps each; and the largest of many results lies
-`TIMES` as far out. Products, decays and the sum over the chunks are few beside them."""
+"""Of eps. A chunk's terms are added in one lane, one after another: so many roundings of at most
+half an eps, evenly spread, which makes sqrt(1/12) of an eps each; and the largest of many results
+lies `TIMES` as far out. Products, decays and the sum over the chunks are few beside them."""
 
 
 class Walk(NamedTuple):
