@@ -184,7 +184,9 @@ class InLineAttention(nn.Module):
         )
 
     def step(self, x: Tensor, state: InLineState, seen: Tensor | None = None):
-        """The next tokens, one or many: (out, new state)."""
+        """The next tokens, any number of them: (out, new state)."""
+        if x.shape[1] == 0:  # which no convolution takes
+            return self.to_out(x), state
         query, key, value = self._project(x)
         heads = self._split(query), self._split(key), self._split(value)
         out, system = self.system.step(*heads, state.system, Visible(causal=True), seen)
@@ -199,7 +201,7 @@ class InLineAttention(nn.Module):
         near = values.unfold(1, self.weights, 1).permute(0, 1, 3, 2).flip(2)  # the token first
         out = self.to_out(_joined(out) + (weights * near).sum(2))
         last = values[:, values.shape[1] - (self.weights - 1) :]
-        return out, InLineState(system, last, sums[:, -1] if x.shape[1] else state.tokens)
+        return out, InLineState(system, last, sums[:, -1])
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.to_query_key_value(x).chunk(3, -1)
