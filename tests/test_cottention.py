@@ -105,7 +105,7 @@ def test_random_keys_add_up_to_the_root_of_their_number():
 def test_values_divided_at_their_own_place_need_as_many_queries(queries):
     query, key, value = inputs(5)
     query = inputs(queries)[0]
-    message = rf"as many queries as keys.* got {queries} and 5"
+    message = rf"by what its own token sees: .* got {queries} queries and 5 keys"
     with pytest.raises(ValueError, match=message):
         Cottention("value").attend(query, key, value, CAUSAL)
     assert Cottention("row").attend(query, key, value, CAUSAL).shape == (1, 2, queries, 16)

@@ -37,13 +37,37 @@ def test_the_layer_is_its_equation(key_dim):
 @given(cuts=st.lists(st.integers(0, 70), max_size=4).map(sorted))
 def test_step_by_step_is_the_whole_at_any_cut(cuts):
     made, u = layer(), normal(2, 70, 8).to(F64)
-    pieces, state = [], None
+    pieces, state = [], made.init_state(2)
     for first, end in zip([0, *cuts], [*cuts, 70], strict=True):
         piece, state = made.step(u[:, first:end], state)
         pieces.append(piece)
-    assert state.shape == (2, 2, 4, 4)
+    assert state.sums.shape == (2, 2, 4, 4)
     assert_close(torch.cat(pieces, 1), made(u), rtol=1e-12, atol=1e-12)
-    assert_close(made(u[:, 60:], made.step(u[:, :60])[1]), made(u)[:, 60:])
+
+
+def test_padding_counts_for_nothing_and_no_flaw_reaches_back():
+    made, u = layer(), normal(2, 12, 8).to(F64)
+    seen = torch.ones(2, 12, dtype=torch.bool)
+    seen[0, :5] = False
+    assert_close(made(u, seen)[0, 5:], made(u[:1, 5:])[0])
+    clean, flawed = made(u), u.clone()
+    flawed[0, 7] = torch.nan
+    out = made(flawed)
+    assert torch.equal(out[0, :7], clean[0, :7])
+    assert out[0, 7:].isnan().all()
+    assert torch.equal(out[1], clean[1])
+
+
+def test_a_normaliser_beyond_float16_is_divided_by_in_float32():
+    made = layer(width=8)
+    with torch.no_grad():
+        made.to_log_normaliser.weight.fill_(1.5)  # e^12 where u is 1
+        made.to_query.weight.mul_(30)
+        made.to_key.weight.mul_(30)
+    u = torch.ones(1, 3, 8)
+    right = made.float()(u)
+    assert right.abs().max() > 0
+    assert_close(made.half()(u.half()).float(), right, rtol=0.02, atol=1e-4)
 
 
 def test_where_the_normaliser_reads_the_query_the_layer_is_the_system():

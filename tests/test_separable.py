@@ -74,9 +74,52 @@ def test_a_learned_tensor_of_another_shape_says_so():
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "nonsense"}, "form='nonsense' is none of 'parallel', 'chunked', 'recurrent'"),
+        ({"impl": "nonsense"}, "impl='nonsense' is none of 'reference', 'cpu'"),
+        ({"dropout_p": -1.0}, "dropout_p is a probability, got -1.0"),
+    ],
+)
+@pytest.mark.parametrize("visible", [Visible(), Visible(causal=True), Visible(window=2)])
+def test_names_that_are_none_raise_whatever_way_is_taken(options, message, visible):
+    case = case_of(LINEAR[0])
+    with pytest.raises(ValueError, match=message):
+        Linear().attend(*case[:3], visible, **options)
+
+
+@pytest.mark.parametrize("form", ["chunked", "recurrent"])
+def test_a_form_that_does_not_run_is_not_passed_over(form):
+    case = case_of(LINEAR[0])
+    with pytest.raises(ValueError, match="but the call is not causal"):
+        Linear().attend(*case[:3], Visible(), form=form)
+    with pytest.raises(ValueError, match="but the visible keys differ from query to query"):
+        Linear().attend(*case[:3], Visible(causal=True, window=2), form=form)
+
+
+def test_an_expanded_mask_is_one_row():
+    case, mask = case_of(LINEAR[0]), torch.zeros(9)
+    mask[3] = -torch.inf
+    visible = Visible(causal=True, mask=mask.expand(2, 4, 9, 9))
+    assert not visible.differs_by_query()
+    assert visible.seen_keys("this").shape == (2, 4, 1, 9)
+    expected = case.attend(LINEAR[0], Visible(causal=True, mask=mask))
+    assert torch.equal(case.attend(LINEAR[0], visible), expected)
+
+
+def test_rows_of_far_negative_features_still_sum_to_one_with_gradients():
+    x = torch.full((1, 1, 4, 4), -60.0, requires_grad=True)
+    out = Linear().attend(x, x, torch.ones(1, 1, 4, 4), Visible(causal=True))
+    assert_close(out, torch.ones_like(out))
+    out.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
     ("visible", "way"),
     [
-        (Visible(), "two matrix products"),
+        (Visible(), "reference: two matrix products"),
         (Visible(causal=True, window=3), "parallel, O(T^2): the visible keys differ from query"),
     ],
 )

@@ -248,3 +248,9 @@ def test_every_parameter_of_the_block_gets_a_gradient():
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="width 12 is not divisible by 5 heads"):
         TransNormerBlock(12, heads=5)
+
+
+def test_large_sums_are_normed_and_not_lost():
+    query, value = 1e12 * torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+    out = TransNormer().attend(query, query, value, Visible(causal=True))
+    assert_close(out.square().mean((1, 3)), torch.ones(1, 5))

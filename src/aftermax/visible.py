@@ -131,10 +131,13 @@ class Visible:
         """
         if self.slopes is not None:
             raise ValueError(f"{system} has no scores that ALiBi slopes could be added to")
-        if self.mask is None or self.mask.dtype == torch.bool:
-            return self.mask
-        hidden = self.mask <= hidden_below(self.mask.dtype)
-        only_hides = (hidden | (self.mask == 0)).all()
+        mask = self.mask
+        if mask is not None and mask.ndim > 1 and not self.differs_by_query():
+            mask = mask[..., :1, :]  # where it was expanded, one row says all
+        if mask is None or mask.dtype == torch.bool:
+            return mask
+        hidden = mask <= hidden_below(mask.dtype)
+        only_hides = (hidden | (mask == 0)).all()
         problem = f"{system} has no scores that a mask could be added to: let it be 0, or -inf"
         if torch.compiler.is_compiling():
             torch.ops.aten._assert_async.msg(only_hides, problem)

@@ -62,9 +62,9 @@ class Cottention(Separable):
             return Separated(query / divisor[..., None], key, value, divisor=divisor)
         if places.of_keys is None:
             raise ValueError(
-                "cottention with scale_side='value' needs as many queries as keys: a value is"
-                " divided by the count at its own place; got "
-                f"{query.shape[2]} and {key.shape[2]}"
+                "cottention with scale_side='value' divides a value by what its own token sees: a"
+                " causal call, or a mask that differs by query, needs the queries of all keys from"
+                f" offset 0 on; got {query.shape[2]} queries and {key.shape[2]} keys"
             )
         heads, kv_heads = query.shape[1], key.shape[1]
         if heads != kv_heads:  # the power is that of the query's head

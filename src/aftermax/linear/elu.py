@@ -4,7 +4,8 @@ Katharopoulos et al., "Transformers are RNNs", arXiv 2006.16236: the baseline of
 Dividing by the sum forgets the length of phi(q), so that the weights do not tell all queries apart
 (InLine's Proposition 2, arXiv 2412.06590).
 
-The authors add 1e-6 to the sum; here a row is divided by its own sum, and adds up to 1.
+The authors add 1e-6 to the sum; here a row is divided by its own sum, and adds up to 1, as long as
+one of its keys has a feature that float32 holds (an element above -100).
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Linear(Separable):
     totals: ClassVar[bool] = True
 
     def separate(self, query, key, value, places: Places, scale, **learned: Tensor) -> Separated:
-        query = elu_plus_one(query)
+        # the length of phi(q) is lost in the division: lifted first, it does not underflow
+        lift = query.detach().amax(-1, keepdim=True).clamp_max(0)
+        query = (query.clamp_max(0) - lift).exp() + query.relu()
         return Separated(query if scale is None else scale * query, elu_plus_one(key), value)
 
     def finish(self, out, total, **learned: Tensor) -> Tensor:

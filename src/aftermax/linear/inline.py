@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from aftermax.entry import Entry, Laws
 from aftermax.linear.elu import EXCEPTIONS
-from aftermax.linear.separable import LinearState, Places, Separable, Separated
+from aftermax.linear.separable import LinearState, Places, Separable, Separated, wide
 from aftermax.scores import inv_sqrt_dim
 from aftermax.visible import Visible
 
@@ -89,7 +89,7 @@ class InLineState:
 
     system: LinearState
     values: Tensor  # (B, window - 1, width), of the last tokens
-    tokens: Tensor  # (B, width), their sum so far
+    tokens: Tensor  # (B, width), the sum of all so far, in float32 at least
 
     @property
     def length(self) -> int:
@@ -180,7 +180,7 @@ class InLineAttention(nn.Module):
         return InLineState(
             self.system.init_state(batch, self.heads, head, head, **factory),
             torch.zeros(batch, self.weights - 1, width, **factory),
-            torch.zeros(batch, width, **factory),
+            torch.zeros(batch, width, device=weight.device, dtype=wide(weight.dtype)),
         )
 
     def step(self, x: Tensor, state: InLineState, seen: Tensor | None = None):
@@ -190,12 +190,13 @@ class InLineAttention(nn.Module):
         query, key, value = self._project(x)
         heads = self._split(query), self._split(key), self._split(value)
         out, system = self.system.step(*heads, state.system, Visible(causal=True), seen)
-        real = x if seen is None else x.masked_fill(~seen[..., None], 0)
+        real = x.to(state.tokens.dtype)
+        real = real if seen is None else real.masked_fill(~seen[..., None], 0)
         value = value if seen is None else value.masked_fill(~seen[..., None], 0)
         sums = state.tokens[:, None] + real.cumsum(1)
-        number = torch.ones_like(x[..., 0]) if seen is None else seen.to(x.dtype)
-        number = state.system.count[:, None].to(x.dtype) + number.cumsum(1)
-        weights = self.to_weights((sums / number.clamp_min(1)[..., None]).mT)
+        number = torch.ones_like(real[..., 0]) if seen is None else seen.to(real.dtype)
+        number = state.system.count[:, None] + number.cumsum(1)
+        weights = self.to_weights((sums / number.clamp_min(1)[..., None]).to(x.dtype).mT)
         weights = weights.unflatten(1, (-1, self.weights)).permute(0, 3, 2, 1)  # (B, T, w, width)
         values = torch.cat([state.values, value], 1)
         near = values.unfold(1, self.weights, 1).permute(0, 1, 3, 2).flip(2)  # the token first

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from aftermax.entry import Entry, Laws
 from aftermax.linear.elu import EXCEPTIONS
-from aftermax.linear.separable import Places, Separable, Separated
-from aftermax.linear.walk import walk
+from aftermax.linear.separable import LinearState, Places, Separable, Separated
+from aftermax.visible import Visible
 
 
 @dataclass(frozen=True)
@@ -38,47 +38,75 @@ class Normalised(Separable):
 
     def separate(self, query, key, value, places: Places, scale, **learned: Tensor) -> Separated:
         log_normaliser = (query * learned["w"].to(query.dtype)[:, None]).sum(-1, keepdim=True)
+        divisor = torch.exp(log_normaliser)
         query = query * torch.exp(-log_normaliser)
         query = query if scale is None else scale * query
-        return Separated(query, key, value, divisor=log_normaliser.exp()[..., 0])
+        return Separated(query, key, value, divisor=divisor[..., 0])
+
+
+@dataclass(frozen=True)
+class _Bare(Separable):
+    """q . k as it stands: what is divided has been divided before."""
+
+    def separate(self, query, key, value, places: Places, scale, **learned: Tensor) -> Separated:
+        return Separated(query, key, value)
 
 
 class NormalisedAttention(nn.Module):
     """The paper's layer: causal, each head divided by exp(W u), u the input of the layer.
 
     Args:
-        width: of the tokens, in and out. heads: H. key_dim: width of a head's queries and keys, the
-        paper's state expansion n; None = width / H.
+        width: of the tokens, in and out.
+        heads: H.
+        key_dim: width of a head's queries and keys, the paper's state expansion n; None = width/H.
 
-    >>> NormalisedAttention(8, heads=2, key_dim=16)(torch.randn(1, 5, 8)).shape
-    torch.Size([1, 5, 8])
+    >>> attend = NormalisedAttention(8, heads=2, key_dim=16)
+    >>> x = torch.randn(1, 5, 8)
+    >>> whole, state = attend(x), attend.init_state(1)
+    >>> first, state = attend.step(x[:, :2], state)
+    >>> rest, state = attend.step(x[:, 2:], state)
+    >>> torch.allclose(torch.cat([first, rest], 1), whole, atol=1e-6)
+    True
     """
 
     def __init__(self, width: int, heads: int, *, key_dim: int | None = None):
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"width {width} is not divisible by {heads} heads")
+        if key_dim is not None and key_dim < 1:
+            raise ValueError(f"key_dim must be at least 1, got {key_dim}")
         self.heads, self.key_dim = heads, key_dim or width // heads
+        self.system = _Bare()
         self.to_query = nn.Linear(width, heads * self.key_dim, bias=False)
         self.to_key = nn.Linear(width, heads * self.key_dim, bias=False)
         self.to_value = nn.Linear(width, width, bias=False)
         self.to_log_normaliser = nn.Linear(width, heads, bias=False)
         self.to_out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
-        """(B, T, width) -> (B, T, width)."""
-        return self.step(x, state)[0]
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(B, T, width) -> (B, T, width); `seen`, bool (B, T), is False for padding."""
+        return self.step(x, self.init_state(x.shape[0]), seen)[0]
 
-    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The next tokens after what `state` (B, H, key_dim, width / H) holds; None = the first."""
+    def init_state(self, batch: int) -> LinearState:
+        """The state before the first token."""
+        weight = self.to_out.weight
+        factory = {"device": weight.device, "dtype": weight.dtype}
+        value_dim = weight.shape[0] // self.heads
+        return self.system.init_state(batch, self.heads, self.key_dim, value_dim, **factory)
+
+    def step(self, x: Tensor, state: LinearState, seen: Tensor | None = None):
+        """The next tokens, one or many: (out, new state)."""
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.to_query, self.to_key, self.to_value)
         )
-        divisor = self.to_log_normaliser(x).transpose(1, 2)[..., None].exp()
-        walked = walk(query / divisor, key, value, state=state)
-        out = walked.out.to(x.dtype).transpose(1, 2).flatten(-2)
-        return self.to_out(out), walked.state
+        # float32 at least: e^12 is more than float16 holds
+        log_normaliser = self.to_log_normaliser(x).transpose(1, 2)[..., None]
+        compute = torch.promote_types(x.dtype, torch.float32)
+        query, key, value = (x.to(compute) for x in (query, key, value))
+        query = query * torch.exp(-log_normaliser.to(compute))
+        out, state = self.system.step(query, key, value, state, Visible(causal=True), seen)
+        return self.to_out(out.to(x.dtype).transpose(1, 2).flatten(-2)), state
 
 
 ENTRY = Entry(

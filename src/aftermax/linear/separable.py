@@ -16,14 +16,20 @@ from torch import Tensor
 from aftermax import kernels
 from aftermax.blocks import no_autocast
 from aftermax.call import check_inputs, complete
-from aftermax.linear.walk import both_ways, in_parallel, walk, why_not_cpu
+from aftermax.linear.walk import both_ways, check_way, in_parallel, walk, why_not_cpu
 from aftermax.reference import transformed
 from aftermax.visible import Visible
+
+SEE_DIFFERENTLY = "the visible keys differ from query to query"
 
 
 @dataclass(frozen=True)
 class LinearState:
-    """All that is kept of the tokens so far: its size does not depend on how many they are."""
+    """All that is kept of the tokens so far: its size does not depend on how many they are.
+
+    Where grouped heads no longer share their sums (decay, a power for each head), it is of all
+    heads from the first token on.
+    """
 
     sums: Tensor  # (B, Hs, features, values), see walk.Walked.state
     count: Tensor  # int64 (B,), the tokens that may be seen
@@ -49,7 +55,7 @@ class Places:
     count: Tensor
     """(B|1, H|1, Tq|1): N_i, the keys that query i sees."""
     of_keys: Tensor | None
-    """(B|1, H|1, Tk|1): N_j, the keys that token j sees; None where token j asks for nothing."""
+    """(B|1, H|1, Tk|1): N_j, the keys that token j sees; None where not all of them ask."""
     key_sums: Tensor | None = None
     """(B, H, Tq, D): sum of the keys that query i sees, for systems that ask for it."""
 
@@ -151,21 +157,29 @@ class Separable:
         """All at once: (B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv).
 
         Args:
-            form: how the sum is walked, one of `walk.FORMS`; None picks.
-            impl: as in `walk`.
+            form: how the sum is walked, one of `walk.FORMS`; None picks. A call that is not causal
+                is no walk: "parallel", or two products of matrices (with decay, a walk from either
+                end).
+            impl: as in `walk`; what is not causal is torch's own products, whatever is asked.
 
         Raises:
-            ValueError: for shapes, dtypes and masks that do not fit, and for dropout: there are no
-                weights that could be dropped.
+            ValueError: for shapes, dtypes, masks, a form or an impl that do not fit, and for
+                dropout: there are no weights that could be dropped.
             RuntimeError: for `impl="cpu"` where the kernel cannot do what is asked.
         """
-        check_inputs(query, key, value, enable_gqa)
-        call = self._checked(query, key, value, visible, scale, dropout_p, impl, form, learned)
+        call = self._checked(
+            query, key, value, visible, scale, enable_gqa, dropout_p, impl, form, learned
+        )
+        walks = self._walks(visible, query, key)
+        if form not in (None, "parallel") and not (walks and visible.causal):
+            why = "the call is not causal" if walks else SEE_DIFFERENTLY
+            raise ValueError(f"{self._name}: form={form!r}, but {why}")
         with no_autocast(query.device):
-            if self._walks(visible, query, key) and form != "parallel":
+            if walks and form != "parallel":
                 out, _ = self._walk(call, self._nothing(call))
             elif impl == "cpu":
-                raise RuntimeError(f"{self._name}: impl='cpu', but {self._needs_parallel(form)}")
+                why = SEE_DIFFERENTLY if form is None else "the parallel form was asked for"
+                raise RuntimeError(f"{self._name}: impl='cpu', but {why}")
             else:
                 out = self._in_parallel(call)
         return out.to(query.dtype)
@@ -174,9 +188,7 @@ class Separable:
         self, batch: int, kv_heads: int, key_dim: int, value_dim: int, **factory
     ) -> LinearState:
         """The state before the first token: zeros, in float32 or better."""
-        dtype = torch.promote_types(
-            factory.get("dtype") or torch.get_default_dtype(), torch.float32
-        )
+        dtype = wide(factory.get("dtype") or torch.get_default_dtype())
         device = factory.get("device")
         features, values = self.state_shape(key_dim, value_dim)
         return LinearState(
@@ -227,8 +239,13 @@ class Separable:
                 )
             mask = seen[:, None, None]
         visible = replace(visible, mask=mask, offset=0)  # the state knows how many there were
-        check_inputs(query, key, value, enable_gqa)
-        call = self._checked(query, key, value, visible, scale, dropout_p, impl, form, learned)
+        call = self._checked(
+            query, key, value, visible, scale, enable_gqa, dropout_p, impl, form, learned
+        )
+        if state.count.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"the state is of a batch of {state.count.shape[0]}, the query of {query.shape[0]}"
+            )
         with no_autocast(query.device):
             out, state = self._walk(call, state)
         return out.to(query.dtype), state
@@ -242,13 +259,14 @@ class Separable:
         'reference: parallel, O(T^2): the visible keys differ from query to query'
         """
         if not self._walks(visible, query, key):
-            return f"reference: parallel, O(T^2): {self._needs_parallel(None)}"
-        if not visible.causal:
+            return f"reference: parallel, O(T^2): {SEE_DIFFERENTLY}"
+        if not visible.causal and not self.decays:
             return "reference: two matrix products, O(T)"
-        refusal = why_not_cpu(query, key, value)
+        refusal = "it is one token" if query.shape[-2] == 1 else why_not_cpu(query, key, value)
+        ways = "chunked" if visible.causal else "chunked, from either end"
         if refusal is not None:
-            return f"reference: chunked, O(T): {refusal}"
-        return f"cpu: {self._name} in chunks on the {kernels.isa()} kernels, O(T)"
+            return f"reference: {ways}, O(T): {refusal}"
+        return f"cpu: {self._name} {ways} on the {kernels.isa()} kernels, O(T)"
 
     # ---- the walk ----
 
@@ -256,26 +274,31 @@ class Separable:
     def _name(self) -> str:
         return type(self).__name__
 
-    def _checked(self, query, key, value, visible, scale, dropout_p, impl, form, learned) -> _Call:
+    def _checked(
+        self, query, key, value, visible, scale, enable_gqa, dropout_p, impl, form, learned
+    ) -> _Call:
+        if not 0 <= dropout_p <= 1:
+            raise ValueError(f"dropout_p is a probability, got {dropout_p}")
         if dropout_p > 0:
             raise ValueError(f"{self._name} has no weights that dropout_p={dropout_p} could drop")
+        check_way(form, impl)
+        if not query.ndim == key.ndim == value.ndim == 4:
+            raise ValueError(
+                f"query, key and value must be (B, H, T, D), got {tuple(query.shape)},"
+                f" {tuple(key.shape)}, {tuple(value.shape)}"
+            )
+        check_inputs(query, key, value, enable_gqa)
         batch, heads, queries, width = query.shape
         visible.check(batch, heads, queries, key.shape[-2])
         seen = visible.seen_keys(self._name)
         initial = self.learned(heads, width, value.shape[-1])
         learned = complete(self._name, initial, learned, query.device)
-        compute = torch.promote_types(query.dtype, torch.float32)
-        query, key, value = (x.to(compute) for x in (query, key, value))
+        query, key, value = (x.to(wide(x.dtype)) for x in (query, key, value))
         return _Call(query, key, value, seen, visible, scale, impl, form, learned)
 
     def _walks(self, visible: Visible, query: Tensor, key: Tensor) -> bool:
         aligned = visible.offset == 0 and query.shape[-2] == key.shape[-2]
         return not visible.differs_by_query() and (aligned or not (visible.causal or self.decays))
-
-    def _needs_parallel(self, form: str | None) -> str:
-        if form == "parallel":
-            return "the parallel form was asked for"
-        return "the visible keys differ from query to query"
 
     def _nothing(self, call: _Call) -> LinearState:
         batch, kv_heads, _, width = call.key.shape
@@ -337,7 +360,7 @@ class Separable:
             _positions(0, keys, key),
             max(keys, queries + visible.offset),
             count,
-            count if visible.offset == 0 and keys == queries else None,
+            self._of_keys(count, call),
             key_sums,
         )
         # what is not finite is seen by the dense walk, which makes its rows NaN
@@ -354,6 +377,14 @@ class Separable:
         out = out.masked_fill(poisoned[..., None], 0)
         total = None if total is None else total.masked_fill(poisoned, 0)
         return self._poison(self.finish(out, total, **call.learned), poisoned)
+
+    def _of_keys(self, count: Tensor, call: _Call) -> Tensor | None:
+        """What the token of each key sees itself, from what the queries see."""
+        visible = call.visible
+        if not visible.causal and not visible.differs_by_query():
+            return count[..., :1]
+        aligned = visible.offset == 0 and call.key.shape[2] == call.query.shape[2]
+        return count if aligned else None
 
     def _separated(
         self, call: _Call, clean: _Clean, places: Places, nothing: float = 0
@@ -378,6 +409,11 @@ class Separable:
         if self.mixes_heads:
             poisoned = poisoned.any(1, keepdim=True)
         return out.masked_fill(poisoned[..., None], torch.nan)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What a sum is kept in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def divided(out: Tensor, total: Tensor | None, floor: float = 0) -> Tensor:

@@ -48,7 +48,11 @@ def srms_norm(x: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
     tensor([ 1.0000,  1.0000, -1.0000])
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * (wide.square().mean(dims, keepdim=True) + EPS).rsqrt()).to(x.dtype)
+    # divided by what is largest, squares do not overflow
+    largest = wide.detach().abs().amax(dims, keepdim=True).clamp_min(1)
+    wide = wide / largest
+    eps = EPS / largest.square()
+    return (wide * (wide.square().mean(dims, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
 def alibi_slopes(heads: int) -> list[float]:

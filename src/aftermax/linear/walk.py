@@ -64,6 +64,9 @@ def walk(
 ) -> Walked:
     """out_i = sum_{j <= i} g^(i-j) (q_i . k_j) v_j, and the state after the last token.
 
+    All numbers must be finite: within a chunk what is not finite would reach back. The systems
+    (`Separable`) see to that.
+
     Args:
         query: (B, H, T, D), what the features of the queries are.
         key: (B, Hkv, T, D); Hkv divides H, query head h reads key head h // (H / Hkv).
@@ -341,11 +344,16 @@ def _state(state: Tensor | None, key: Tensor, value: Tensor, totals: bool) -> Te
     return state.to(key.dtype)
 
 
-def _check(query, key, value, rate, form, impl, same_length: bool = True) -> None:
+def check_way(form: str | None, impl: str | None) -> None:
+    """Raise ValueError for names of neither."""
     if form not in (None, *FORMS):
         raise ValueError(f"form={form!r} is none of {', '.join(map(repr, FORMS))}")
     if impl not in (None, *IMPLS):
         raise ValueError(f"impl={impl!r} is none of {', '.join(map(repr, IMPLS))}")
+
+
+def _check(query, key, value, rate, form, impl, same_length: bool = True) -> None:
+    check_way(form, impl)
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(f"query, key and value must be (B, H, T, D): {shapes}")
@@ -360,3 +368,5 @@ def _check(query, key, value, rate, form, impl, same_length: bool = True) -> Non
             raise ValueError(f"rate must be (H,) = ({query.shape[1]},), got {tuple(rate.shape)}")
         if rate.requires_grad:
             raise ValueError("rate is a constant: there is no gradient for it")
+        if not torch.compiler.is_compiling() and not transformed() and (rate < 0).any():
+            raise ValueError(f"rate must not be negative, got {rate.min().item():g}")
