@@ -362,7 +362,7 @@ class SOFTAttention(nn.Module):
         most = self.system.landmarks
         if height * width <= most:
             return height, width
-        rows = max(1, min(height, math.isqrt(most * height // width)))
+        rows = max(1, min(height, most, math.isqrt(most * height // width)))
         return rows, min(width, most // rows)
 
     def forward(self, x: Tensor, visible: Tensor | Visible | None = None) -> Tensor:
