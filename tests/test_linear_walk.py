@@ -20,6 +20,7 @@ from aftermax.linear import both_ways, walk
 from aftermax.linear.walk import CHUNK, FORMS
 
 from .attention_cases import EPS, LAYOUTS, TIMES, assert_within, laid_out
+from .cases import chunks_of
 from .native import BF16, F16, F32, F64, bodies, needs_kernels, normal, running
 
 UNITS = TIMES * math.sqrt(CHUNK / 12)
@@ -259,6 +260,24 @@ def test_a_decay_that_underflows_leaves_the_token_itself(impl, form):
     assert_close(state, case.key[:, :, -1, :, None] * case.value[:, :, -1, None])
     assert all(x.isfinite().all() for x in gradients)
     assert torch.equal(gradients[-1], torch.zeros_like(case.state))
+
+
+# ---- gradients of the chunked reference, by hand ----
+
+
+@pytest.mark.parametrize("rates", [[], [0.0, 0.7]])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_the_gradients_of_chunks_are_the_derivatives_and_so_are_theirs(tokens, rates):
+    case = drawn(tokens=tokens, width=2, value_width=3, rates=rates, totals=True)
+    case = case.map(lambda x: x.to(F64).requires_grad_())
+
+    def results(*leaves):
+        given = case._replace(**dict(zip(case._fields, leaves, strict=False)))
+        return tuple(given.run(form="chunked"))
+
+    with chunks_of(2):
+        assert torch.autograd.gradcheck(results, case.leaves)
+        assert torch.autograd.gradgradcheck(results, case.leaves)
 
 
 # ---- both ways ----
