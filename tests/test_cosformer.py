@@ -28,8 +28,8 @@ def change_of_prefix(system: CosFormer, short: int, long: int) -> float:
 
 @pytest.mark.parametrize(("short", "long"), [(20, 40), (64, 257)])
 def test_a_horizon_that_follows_the_length_changes_the_past(short, long):
-    # the page of notes on the authors' code has 4.4 and 8.4 per cent, on other random numbers
-    assert 0.01 < change_of_prefix(CosFormer(horizon="length"), short, long) < 0.2
+    # by 10 and 7 per cent on these numbers
+    assert 0.05 < change_of_prefix(CosFormer(horizon="length"), short, long) < 0.15
     assert change_of_prefix(CosFormer(horizon=long), short, long) < 1e-14
     assert change_of_prefix(CosFormer(), short, long) < 1e-14
 

@@ -7,8 +7,8 @@ cos b + sin a sin b, the weights separate into features of twice the width::
     out_i = sum_j w_ij v_j / max(sum_j w_ij, 1e-6)
 
 M must be at least the number of tokens: further apart than M, weights turn negative. The authors'
-code takes M = the length of the current call. Then a later token changes every earlier output (by 4
-to 8 per cent on random data, see the tests), and no state can be carried on; that is the formula's
+code takes M = the length of the current call. Then a later token changes every earlier output (by 7
+and 10 per cent on the tests' random data), and no state can be carried on; that is the formula's
 variant `horizon="length"`. Here M is fixed by default, so that decoding never changes the past.
 
 A query that relu leaves nothing of sees nothing: its sum is 0, and so is its row (as in the
