@@ -1,5 +1,6 @@
 """InLine: its rows, its two forms, the queries that relu confuses, and the local residual."""
 
+import dataclasses
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from aftermax import InLine, Visible
 from aftermax.linear import InLineAttention
 from aftermax.linear.inline import KERNELS
 
-from .native import F64, normal
+from .native import BF16, F16, F64, normal
 
 CAUSAL = Visible(causal=True)
 VIEWS = pytest.mark.parametrize("visible", [Visible(), CAUSAL], ids=["all", "causal"])
@@ -190,6 +191,39 @@ def test_padding_is_no_token():
     rest, state = made.step(other[:, 9:], state, seen[:, 9:])
     assert_close(torch.cat([first, rest], 1)[seen], expected[seen], rtol=1e-11, atol=1e-12)
     assert state.system.count.tolist() == [14, 17]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_the_mean_so_far_of_half_precision_is_summed_in_float32(dtype):
+    made, tokens = module(causal=True).to(dtype), 700
+    x = (1 + normal(1, tokens, 12)).to(dtype)  # whose sum has no more digits from 256 tokens on
+    means = []
+    made.to_weights.register_forward_pre_hook(lambda _, given: means.append(given[0].mT))
+    pieces, state = [], made.init_state(1)
+    for few in x.split(5, 1):
+        piece, state = made.step(few, state)
+        pieces.append(piece)
+    in_steps = torch.cat(means, 1)
+    number = torch.arange(1, tokens + 1, dtype=F64)[:, None]
+    exact = x.to(F64).cumsum(1) / number
+    # half an ulp of the mean, and float32's share of the sums
+    allowed = 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-5
+    assert in_steps.dtype == pieces[0].dtype == dtype
+    assert ((in_steps.to(F64) - exact).abs() <= allowed).all()
+    made(x)
+    assert ((means[-1].to(F64) - exact).abs() <= allowed).all()
+
+
+def test_the_mean_so_far_does_not_leave_float16():
+    made = module(causal=True).to(F16)
+    state = made.init_state(1)
+    state = dataclasses.replace(
+        state,
+        system=dataclasses.replace(state.system, count=torch.tensor([70_000]), length=70_000),
+        tokens=torch.full_like(state.tokens, 70_000),
+    )
+    out, _ = made.step(torch.ones(1, 1, 12, dtype=F16), state)
+    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("options", [{"grid": (3, 4), "leading": 1}, {"causal": True}])
