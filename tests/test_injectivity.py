@@ -286,3 +286,4 @@ def test_the_figure_has_a_dot_for_each_system(measured):
     assert len(offsets) == len(measured)
     for (ratio, _), m in zip(offsets.tolist(), measured, strict=True):
         assert ratio == pytest.approx(max(m.ratio, plots.RATIO_FLOOR))
+    plots.plt.close(figure)

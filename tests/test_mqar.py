@@ -237,7 +237,9 @@ def test_nothing_is_said_below_three_seeds():
 def test_the_figure_shows_each_arm_at_the_widths_that_there_are():
     plots = pytest.importorskip("aftermax.lab.plots")
     study = study_of({("linear", 4): [0.1, 0.2, 0.3], ("linear", 8): [0.5], ("softmax", 8): [1.0]})
-    (axis,) = plots.mqar(study).axes
+    figure = plots.mqar(study)
+    (axis,) = figure.axes
     shown = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert shown[ARMS["linear"].title] == [[4, pytest.approx(0.2)], [8, 0.5]]
     assert shown[ARMS["softmax"].title] == [[8, 1.0]]
+    plots.plt.close(figure)

@@ -5,11 +5,12 @@ import torch
 from torch.testing import assert_close
 
 from aftermax import cross_entropy, linear_cross_entropy, log_softmax, logsumexp, softmax
-from aftermax.kernels import ops
-from aftermax.kernels.attention_ops import schemas
+from aftermax.kernels import attention_ops, linear_ops, ops
 
 from .native import needs_kernels
 from .row_cases import normal
+
+ELSEWHERE = attention_ops.schemas().keys() | linear_ops.schemas().keys()
 
 # parts of torch that are imported at their first use warn of other parts of torch
 ignores_what_torch_imports = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -170,8 +171,9 @@ def operator_samples():
     }
 
 
-# those of attention are checked in test_attention_operators.py
-@pytest.mark.parametrize("name", [name for name in ops.TABLE if name not in schemas()])
+# those of attention and of the linear walk are checked in test_attention_operators.py and
+# test_linear_walk.py
+@pytest.mark.parametrize("name", [name for name in ops.TABLE if name not in ELSEWHERE])
 @needs_kernels
 def test_torch_finds_nothing_wrong_with_the_operator(name):
     samples = operator_samples()[name]
