@@ -10,7 +10,8 @@ Sections:
               one node, and the quickest of four chunk lengths
     lengths   thread time against T, to 256K, for the walk, every linear system and our softmax
               kernel; the exponent is fitted from T = 1K on
-    decode    token by token to 1,000,000: bytes of the state, resident memory, time a token
+    decode    token by token, linear attention to 1,000,000: bytes of the state, resident memory,
+              time a token
 
 One thread. Contenders run in one process, interleaved, in shuffled order; ratios are medians within
 rounds.
@@ -218,9 +219,10 @@ def decode(record: Record, console: Console, tokens: int) -> None:
         if hasattr(system, "placed"):
             system = system.placed(0, 1, tokens)
         learned = system.learned(heads, WIDTH, WIDTH)
-        # the cache of keys and values is copied at every token: it is stopped early
-        most = min(tokens, 1000) if entry is None else tokens
-        if name not in ("linear", "transnormer", "softmax"):
+        most = tokens
+        if entry is None:  # whose cache of keys and values is copied at every token
+            most = min(tokens, 1000)
+        elif name != "linear":
             most = min(tokens, 10_000)
         state = system.init_state(1, heads, WIDTH, WIDTH)
         x = torch.randn(3, 1, heads, 1, WIDTH)
