@@ -226,7 +226,7 @@ def decode(record: Record, console: Console, tokens: int) -> None:
             most = min(tokens, 10_000)
         state = system.init_state(1, heads, WIDTH, WIDTH)
         x = torch.randn(3, 1, heads, 1, WIDTH)
-        visible, start, done = Visible(causal=True), time.thread_time(), 0
+        visible, start, done, line = Visible(causal=True), time.thread_time(), 0, {}
         for n in range(1, most + 1):
             _, state = system.step(*x, state, visible, **learned)
             if n == 10 ** round(math.log10(n)):
@@ -236,10 +236,9 @@ def decode(record: Record, console: Console, tokens: int) -> None:
                 line |= {"us_per_token": 1e6 * spent / max(1, n - done)}
                 record.add("decode", line, ("name", "tokens"))
                 start, done = time.thread_time(), n
-        last = record.lines("decode")[-1]
         console.print(
-            f"{name}: {last['tokens']:,} tokens, state {last['state_bytes']:,} bytes,"
-            f" resident {last['resident_bytes'] / 2**20:,.0f} MiB",
+            f"{name}: {line['tokens']:,} tokens, state {line['state_bytes']:,} bytes,"
+            f" resident {line['resident_bytes'] / 2**20:,.0f} MiB",
             highlight=False,
         )
 

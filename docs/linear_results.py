@@ -50,7 +50,11 @@ def linear_exponents() -> str:
 def linear_crossing() -> str:
     """Where the walk becomes cheaper than our softmax."""
     cells = [(name, _crossing(curve)) for name, curve in _curves().items()]
-    known = [f"{name} from {at:,.0f} tokens on" for name, at in cells if at and name != SOFTMAX]
+    known = [
+        f"{name.removesuffix(', forward')} from {at:,.0f} tokens on"
+        for name, at in cells
+        if at and name != SOFTMAX and "backward" not in name
+    ]
     return f"Cheaper than our softmax kernel, forward: {'; '.join(known)}."
 
 
