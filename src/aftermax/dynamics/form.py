@@ -77,7 +77,7 @@ class DynamicalSystem:
     """Where the normaliser of a row stands: in Lambda and B ("state") or in C ("output"). Where
     there is none the two are the same."""
     truncation_error: float = 0.0
-    """|y - mixer| / |mixer|, measured at this input, for a system that is a truncation; else 0."""
+    """‖y - mixer‖ / ‖mixer‖, measured at this input, for a system that is a truncation; else 0."""
     after: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     """y (L, d_y) -> (L, d_out): what follows y and is not linear in h; None = nothing."""
     state_dim: int = field(init=False)

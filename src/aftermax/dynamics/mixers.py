@@ -286,9 +286,10 @@ class MLSTM(Mixer):
     Args:
         width: of the tokens, in and out. heads: H, of width / H.
 
-    The form: Lambda_i = f_i, B_i = e_i k_i (x) W_V, C_i = q_i^T (x) diag(o_i) / max(|n_i . q_i|, 1)
-    in the gauge "output"; in "state" that divisor goes into Lambda and B. It depends on what came
-    before. N = width^2 / H. The sLSTM, whose memories mix, is no such system.
+    The form: Lambda_i = f_i, B_i = e_i k_i (x) W_V and
+    C_i = q_i^T (x) diag(o_i) / max(abs(n_i . q_i), 1) in the gauge "output"; in "state" that
+    divisor goes into Lambda and B. It depends on what came before.
+    N = width^2 / H. The sLSTM, whose memories mix, is no such system.
 
     >>> MLSTM(4, heads=2)(torch.randn(2, 5, 4)).shape
     torch.Size([2, 5, 4])

@@ -6,8 +6,8 @@ Lu et al., "SOFT: Softmax-free Transformer with Linear Complexity", arXiv 2110.1
 
 On a singular value sigma of A the iteration has captured the share 1 - (1 - alpha sigma^2)^(2^k) of
 1 / sigma after k steps: it squares what is missing, and begins where sigma is large. Twenty steps
-resolve sigma / |A|_1 down to about 2e-3. What is smaller stays where it was, near 0: stopping early
-is a regulariser of its own.
+resolve sigma / norm_1(A) down to about 2e-3. What is smaller stays where it was, near 0: stopping
+early is a regulariser of its own.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def newton_inverse(
             with every further step, up to NaN within sixty: a matrix whose residual rises stops,
             by itself, and goes back to its smallest.
         ridge: added to the diagonal.
-        return_residual: also return the relative residual |A Y A - A| / |A| (Frobenius, of the
+        return_residual: also return the relative residual ‖A Y A - A‖ / ‖A‖ (Frobenius, of the
             matrix iterated on), (...,), without a gradient: how far to trust the inverse. It weighs
             each direction by its size and may be small where the inverse is far off in a direction
             of small sigma.
@@ -136,6 +136,6 @@ def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
 
 
 def _residual(matrix: Tensor, product: Tensor) -> Tensor:
-    """|A Y A - A| / |A| from the product A Y, (...,)."""
+    """‖A Y A - A‖ / ‖A‖ from the product A Y, (...,)."""
     norm = torch.linalg.matrix_norm(matrix)
     return torch.linalg.matrix_norm(product @ matrix - matrix) / torch.where(norm > 0, norm, 1)

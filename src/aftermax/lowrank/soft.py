@@ -60,7 +60,7 @@ def soft_attention(
         key, value: (..., Tk, D), (..., Tk, Dv). A key whose value is 0 adds nothing.
         landmarks: (..., m, D).
         filled: bool (..., m, 1), the landmarks that there are; the others change nothing.
-        scale: s in kappa(x, y) = exp(-s |x - y|^2 / 2); None = 1 / sqrt(D).
+        scale: s in kappa(x, y) = exp(-s ‖x - y‖^2 / 2); None = 1 / sqrt(D).
         newton, ridge, normalised: as in `SOFT`.
 
     Returns:
@@ -103,7 +103,7 @@ class SOFT:
             49, 64, 81: 79.0, 79.3, 79.3, 78.9).
         newton: steps of the inverse, 20 (algorithm 2), which suffice where landmarks are apart:
             `newton_inverse(..., return_residual=True)` tells. With 49 landmarks and the default
-            ridge 30 always do, since |A|_1 <= 49 and (1 - 1.8 (0.01 / 49)^2)^(2^30) = e^-80.
+            ridge 30 always do, since norm_1(A) <= 49 and (1 - 1.8 (0.01 / 49)^2)^(2^30) = e^-80.
         ridge: added to the diagonal of A, 0.01 as in the authors' code; the papers have none. See
             the head of this file.
         normalised: D^-1/2 on both sides of the inverse (SOFT++).
@@ -150,7 +150,7 @@ class SOFT:
 
         Args:
             visible: nothing but a mask that is the same for all queries.
-            scale: s in kappa(x, y) = exp(-s |x - y|^2 / 2); None = 1 / sqrt(D).
+            scale: s in kappa(x, y) = exp(-s ‖x - y‖^2 / 2); None = 1 / sqrt(D).
             enable_gqa: allow Hkv to be a divisor of H.
             dropout_p: must be 0: the weights that it would fall on are never there.
             impl: None or "reference".
