@@ -74,9 +74,8 @@ def loss_and_recall(results: Results) -> Figure:
     """The headline: loss on the same targets, and recall, against the length of the context."""
     groups = _groups(results)
     figure, axes = plt.subplots(
-        len(groups), 3, figsize=(13, 4.4 * len(groups)), width_ratios=(1.5, 1, 1), squeeze=False,
-        sharey="col",
-    )  # fmt: skip
+        len(groups), 3, figsize=(13, 4.4 * len(groups)), width_ratios=(1.5, 1, 1), squeeze=False
+    )
     for row, (kept, arms) in zip(axes, groups.items(), strict=True):
         _loss_and_recall_of(row, results, arms)
         row[0].set_title(kept.capitalize() or "Same target tokens, ever longer context")
