@@ -44,8 +44,8 @@ EPS = 1e-6
 def srms_norm(x: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
     """x / sqrt(mean x^2 + 1e-6), without a gain; in float32 at least.
 
-    >>> srms_norm(torch.tensor([3.0, 3.0, -3.0]))
-    tensor([ 1.0000,  1.0000, -1.0000])
+    >>> srms_norm(torch.tensor([3.0, 4.0]))
+    tensor([0.8485, 1.1314])
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # divided by what is largest, squares do not overflow
