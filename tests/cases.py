@@ -15,6 +15,9 @@ from aftermax.dense import System, as_system
 
 F64 = torch.float64
 
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+"""Rounding in float64."""
+
 
 class Case(NamedTuple):
     """One call of a system: (B, H, T, D), (B, Hkv, T, D), (B, Hkv, T, Dv) and what it learned."""
@@ -72,6 +75,15 @@ def case_of(
         normal(batch, kv_heads, tokens, value_width),
         learned,
     )
+
+
+def natural(entry: Entry) -> Visible:
+    """What a query sees where the system is used as it was meant to be."""
+    return Visible(causal=entry.causal)
+
+
+def plain_and_natural(entry: Entry) -> tuple[Visible, ...]:
+    return (Visible(), Visible(causal=True)) if entry.causal else (Visible(),)
 
 
 class View(NamedTuple):

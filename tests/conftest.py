@@ -12,6 +12,7 @@ pytest.register_assert_rewrite(
     "tests.linear_cases",
     "tests.linear_layer",
     "tests.row_cases",
+    "tests.weight_laws",
 )
 
 # the same examples on every run: a red test is red for everyone, and timing is no verdict

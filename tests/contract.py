@@ -2,6 +2,8 @@
 
 A law talks to a system through the methods of `aftermax.System` alone (`attend`, `init_state`,
 `step`, `learned`), so that a linear, sparse or recurrent system meets the same laws as a row map.
+Law 10, what the weights are like, stands in weight_laws.py.
+
 What a system cannot keep its entry declares, `exceptions={law: reason}`; `hold` then skips that law
 aloud, and a declared name that is no law is an error.
 
@@ -27,6 +29,7 @@ from aftermax.linear import Separable
 
 from .attention_cases import assert_right
 from .cases import (
+    EXACT,
     F64,
     Case,
     View,
@@ -38,14 +41,14 @@ from .cases import (
     distances,
     gradients,
     masked_views,
+    natural,
+    plain_and_natural,
     plain_views,
-    weights_of,
 )
 from .linear_cases import assert_right as assert_linear
 from .naive import NAIVE
 from .native import bodies, rounded_weights, running
-
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
+from .weight_laws import law_hidden_keys_do_not_count, law_length_aware
 
 
 def hold(entry: Entry, law: str) -> None:
@@ -55,15 +58,6 @@ def hold(entry: Entry, law: str) -> None:
     if law in entry.exceptions:
         pytest.skip(f"{entry.name} cannot keep {law}: {entry.exceptions[law]}")
     LAWS[law](entry)
-
-
-def natural(entry: Entry) -> Visible:
-    """What a query sees where the system is used as it was meant to be."""
-    return Visible(causal=entry.causal)
-
-
-def plain_and_natural(entry: Entry) -> tuple[Visible, ...]:
-    return (Visible(), Visible(causal=True)) if entry.causal else (Visible(),)
 
 
 def _equals_naive(entry: Entry, views: Callable[..., dict[str, View]], **options) -> None:
@@ -497,134 +491,6 @@ def law_kernel_equals_reference(entry: Entry) -> None:
             check(entry, case, visible, bodies())
 
 
-# 10. what an entry declares of its weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A drawn case with masks, the tokens and sizes of its scores being hypothesis's choice."""
-
-    case: Case
-    visible: Visible
-    seen: Tensor
-
-
-def drawn(entry: Entry, seed: int, tokens: int, size: float) -> Drawn:
-    case = case_of(entry, tokens=tokens, seed=seed)
-    case = case._replace(query=case.query * size)
-    random = torch.Generator().manual_seed(seed)
-    mask = torch.rand(2, 1, tokens, tokens, generator=random) < 0.7
-    causal = entry.causal and bool(seed % 2)
-    visible = Visible(causal=causal, mask=mask)
-    seen = mask & (distances(tokens) >= 0) if causal else mask
-    return Drawn(case, visible, seen.expand(2, 4, tokens, tokens))
-
-
-def _for_all_weights(entry: Entry, check: Callable[[Drawn, Tensor], None]) -> None:
-    @given(
-        seed=st.integers(0, 10**6),
-        tokens=st.integers(1, 40),
-        size=st.sampled_from([0.0, 1e-6, 0.1, 1.0, 10.0, 100.0]),
-    )
-    def holds(seed: int, tokens: int, size: float) -> None:
-        draw = drawn(entry, seed, tokens, size)
-        weights = weights_of(entry, draw.case, draw.visible)
-        assert weights[~draw.seen].eq(0).all()
-        check(draw, weights)
-
-    holds()
-
-
-def law_rows_sum_to_one(entry: Entry) -> None:
-    """10. Every row that sees a key sums to 1."""
-
-    def check(draw: Drawn, weights: Tensor) -> None:
-        assert_close(weights.sum(-1), draw.seen.any(-1).to(F64), **EXACT)
-
-    _for_all_weights(entry, check)
-
-
-def law_rows_at_most_one(entry: Entry) -> None:
-    """10. No row sums to more than 1."""
-
-    def check(draw: Drawn, weights: Tensor) -> None:
-        assert weights.sum(-1).max() <= 1 + 1e-12
-
-    _for_all_weights(entry, check)
-
-
-def law_non_negative(entry: Entry) -> None:
-    """10. No weight is negative."""
-
-    def check(draw: Drawn, weights: Tensor) -> None:
-        assert weights.min() >= 0
-
-    _for_all_weights(entry, check)
-
-
-def law_shift_invariant(entry: Entry) -> None:
-    """10. The same number added to every score of a row changes nothing."""
-
-    @given(shift=st.floats(-50, 50), seed=st.integers(0, 100))
-    def holds(shift: float, seed: int) -> None:
-        case = case_of(entry, seed=seed)
-        shifts = torch.full((2, 1, 9, 1), shift, dtype=F64)
-        plain = weights_of(entry, case, Visible(causal=True))
-        assert_close(weights_of(entry, case, Visible(causal=True, mask=shifts)), plain, **EXACT)
-
-    holds()
-
-
-def law_scale_free(entry: Entry) -> None:
-    """10. Queries and keys of any length, each its own, give the same weights."""
-
-    @given(seed=st.integers(0, 100), decades=st.floats(0, 6))
-    def holds(seed: int, decades: float) -> None:
-        case = case_of(entry, seed=seed)
-        random = torch.Generator().manual_seed(seed + 1)
-        lengths = 10 ** (decades * (torch.rand(2, 2, 4, 9, 1, generator=random, dtype=F64) - 0.5))
-        stretched = case._replace(query=case.query * lengths[0], key=case.key * lengths[1])
-        for visible in plain_and_natural(entry):
-            weights = weights_of(entry, stretched, visible)
-            # the longest keys differ by rounding, which the sharpest maps multiply by their power
-            assert_close(weights, weights_of(entry, case, visible), rtol=1e-11, atol=1e-12)
-
-    holds()
-
-
-def _with_far_keys(entry: Entry, hidden: bool) -> tuple[Tensor, Tensor]:
-    """Weights of 9 keys, alone and beside 30 more: hidden, or seen but pushed away by a bias that
-    leaves them no weight at all."""
-    case, more = case_of(entry), case_of(entry, tokens=30, seed=5)
-    mask = torch.zeros(39, dtype=F64)
-    mask[9:] = -torch.inf if hidden else -1e4
-    beside = Case(
-        case.query, *(torch.cat(pair, 2) for pair in zip(case[1:3], more[1:3], strict=True)), {}
-    )
-    weights = weights_of(entry, beside._replace(learned=case.learned), Visible(mask=mask))
-    assert weights[..., 9:].abs().max() == 0
-    return weights_of(entry, case, Visible(), columns=39), weights[..., :9]
-
-
-def law_hidden_keys_do_not_count(entry: Entry) -> None:
-    """10. Keys that are not visible are not counted: with 30 of them beside its own, every row has
-    the weights that it has alone."""
-    alone, beside = _with_far_keys(entry, hidden=True)
-    assert_close(beside, alone, **EXACT)
-
-
-def law_length_aware(entry: Entry) -> None:
-    """10. Where the formula counts keys, visible keys that get no weight still change the weights
-    of the others (a row with all on one key has nothing to change, hence the median); where it
-    does not, they change nothing."""
-    alone, beside = _with_far_keys(entry, hidden=False)
-    if entry.laws.length_aware:
-        changed = (alone - beside).abs().amax(-1)
-        assert changed.median() > 1e-6
-    else:
-        assert_close(beside, alone, **EXACT)
-
-
 LAWS: dict[str, Callable[[Entry], None]] = {
     "equation": law_equation,
     "masks": law_masks,
@@ -652,12 +518,3 @@ LAWS: dict[str, Callable[[Entry], None]] = {
     "kernel_equals_reference": law_kernel_equals_reference,
 }
 """The laws that bind all, by the names that `Entry.exceptions` uses."""
-
-DECLARED: dict[str, Callable[[Entry], None]] = {
-    "rows_sum_to_one": law_rows_sum_to_one,
-    "rows_at_most_one": law_rows_at_most_one,
-    "non_negative": law_non_negative,
-    "shift_invariant": law_shift_invariant,
-    "scale_free": law_scale_free,
-}
-"""The laws that bind the entries whose `Laws` declare them, by the field's name."""

@@ -7,8 +7,9 @@ import pytest
 from aftermax import CATALOGUE, Entry
 from aftermax.entry import Laws
 
-from .contract import DECLARED, LAWS, hold
+from .contract import LAWS, hold
 from .naive import NAIVE
+from .weight_laws import DECLARED
 
 
 @pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)

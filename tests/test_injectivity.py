@@ -16,8 +16,7 @@ from aftermax import CATALOGUE, InLine, Linear, Normalised, RowMap, Softmax, fin
 from aftermax.lab import injectivity
 from aftermax.linear.elu import elu_plus_one
 
-from .cases import F64, case_of, weights_of
-from .contract import natural
+from .cases import F64, case_of, natural, weights_of
 
 KEYS, WIDTH, EXACT = 197, 32, 1e-14
 INJECTIVE = {"softmax": Softmax(), "inline": InLine()}
