@@ -34,16 +34,21 @@ OURS = "aftermax"
 # ---- timing ------------------------------------------------------------------------------------
 
 
-def time_rounds(contenders: Contenders, rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+def time_rounds(
+    contenders: Contenders,
+    rounds: int,
+    repeats: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each contender in each round, order shuffled."""
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):  # the first warms up
         for name in order.sample(list(contenders), len(contenders)):
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats):
                 contenders[name]()
-            seconds[name].append((time.perf_counter() - start) / repeats)
+            seconds[name].append((clock() - start) / repeats)
     return {name: taken[1:] for name, taken in seconds.items()}
 
 

@@ -20,14 +20,22 @@ rounds.
 from __future__ import annotations
 
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from interleaved import OURS, Contenders, Record, multipliers, need_kernels, options_parser, ratio
+from interleaved import (
+    OURS,
+    Contenders,
+    Record,
+    multipliers,
+    need_kernels,
+    options_parser,
+    ratio,
+    time_rounds,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -47,15 +55,7 @@ HEADS, WIDTH = 8, 64
 
 def thread_time(contenders: Contenders, rounds: int, repeats: int = 1) -> dict[str, list[float]]:
     """Seconds of this thread's own time, which others on the machine do not add to."""
-    order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds + 1):  # the first warms up
-        for name in order.sample(list(contenders), len(contenders)):
-            start = time.thread_time()
-            for _ in range(repeats):
-                contenders[name]()
-            seconds[name].append((time.thread_time() - start) / repeats)
-    return {name: taken[1:] for name, taken in seconds.items()}
+    return time_rounds(contenders, rounds, repeats, time.thread_time)
 
 
 # ---- chunk loops in plain torch ----------------------------------------------------------------
