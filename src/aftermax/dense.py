@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aftermax.attention import attention
 from aftermax.call import check_weights
-from aftermax.visible import Visible
+from aftermax.visible import Visible, check_tokens
 from aftermax.weights.row_map import RowMap
 
 
@@ -70,11 +70,7 @@ class KeyValues:
         tokens = (key.shape[0], key.shape[-2])
         if seen is None:
             seen = self.seen.new_ones(tokens)
-        if seen.dtype != torch.bool or seen.shape != tokens:
-            raise ValueError(
-                f"seen must be bool of shape (B, T) = {tokens}, "
-                f"got {seen.dtype} of shape {tuple(seen.shape)}"
-            )
+        check_tokens("seen", seen, *tokens)
         return KeyValues(
             torch.cat([self.key, key], -2),
             torch.cat([self.value, value], -2),

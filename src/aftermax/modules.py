@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor, nn
 
 from aftermax.dense import System, as_system
 from aftermax.positions import POSITIONS, NoPositions
-from aftermax.visible import Visible
+from aftermax.visible import Visible, check_tokens
 from aftermax.weights import RowMap, Softmax
 
 
@@ -116,13 +115,8 @@ class Attention(nn.Module):
                 not, with this module's ALiBi slopes added.
         """
         query, key, value = self.project(x, start=0)
-        if isinstance(visible, Tensor) and (
-            visible.dtype != torch.bool or visible.shape != x.shape[:2]
-        ):
-            raise ValueError(
-                f"visible as a mask of tokens must be bool of shape (B, T) = {tuple(x.shape[:2])}, "
-                f"got {visible.dtype} of shape {tuple(visible.shape)}"
-            )
+        if isinstance(visible, Tensor):
+            check_tokens("visible as a mask of tokens", visible, *x.shape[:2])
         out = self.system.attend(
             query, key, value, self.what_is_visible(visible), **self._options()
         )

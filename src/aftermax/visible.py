@@ -161,6 +161,15 @@ def hidden_below(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 2
 
 
+def check_tokens(name: str, mask: Tensor, batch: int, tokens: int) -> None:
+    """Raise ValueError for what is no bool mask of tokens (B, T)."""
+    if mask.dtype != torch.bool or tuple(mask.shape) != (batch, tokens):
+        raise ValueError(
+            f"{name} must be bool of shape (B, T) = {(batch, tokens)}, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+
+
 def count(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """N_i, the number of keys that each row sees: (..., rows, keys) bool -> (..., rows, 1).
 

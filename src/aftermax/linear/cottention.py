@@ -26,6 +26,7 @@ from torch import Tensor
 from aftermax.entry import Entry, Laws
 from aftermax.linear.elu import EXCEPTIONS
 from aftermax.linear.separable import Places, Separable, Separated
+from aftermax.linear.walk import repeated
 from aftermax.scores import cosine
 
 
@@ -67,8 +68,8 @@ class Cottention(Separable):
                 f" offset 0 on; got {query.shape[2]} queries and {key.shape[2]} keys"
             )
         heads, kv_heads = query.shape[1], key.shape[1]
-        if heads != kv_heads:  # the power is that of the query's head
-            key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+        # the power is that of the query's head
+        key, value = (repeated(x, heads // kv_heads) for x in (key, value))
         return Separated(query, key, value / (places.of_keys.clamp_min(1) ** power)[..., None])
 
 

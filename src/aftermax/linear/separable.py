@@ -16,9 +16,9 @@ from torch import Tensor
 from aftermax import kernels
 from aftermax.blocks import no_autocast
 from aftermax.call import check_inputs, complete
-from aftermax.linear.walk import both_ways, check_way, in_parallel, walk, why_not_cpu
+from aftermax.linear.walk import both_ways, check_way, in_parallel, repeated, walk, why_not_cpu
 from aftermax.reference import transformed
-from aftermax.visible import Visible
+from aftermax.visible import Visible, check_tokens
 
 SEE_DIFFERENTLY = "the visible keys differ from query to query"
 
@@ -218,8 +218,7 @@ class Separable:
 
         Raises:
             ValueError: as `attend`; for masks (`seen`, bool (B, T), tells what later queries may
-            see)
-                and for a window: what was summed up cannot be forgotten.
+                see) and for a window: what was summed up cannot be forgotten.
         """
         if visible.mask is not None:
             raise ValueError(
@@ -231,12 +230,7 @@ class Separable:
             )
         mask = None
         if seen is not None:
-            tokens = (key.shape[0], key.shape[-2])
-            if seen.dtype != torch.bool or tuple(seen.shape) != tokens:
-                raise ValueError(
-                    f"seen must be bool of shape (B, T) = {tokens}, "
-                    f"got {seen.dtype} of shape {tuple(seen.shape)}"
-                )
+            check_tokens("seen", seen, key.shape[0], key.shape[-2])
             mask = seen[:, None, None]
         visible = replace(visible, mask=mask, offset=0)  # the state knows how many there were
         call = self._checked(
@@ -403,7 +397,7 @@ class Separable:
             sums = _heads(before, features) + features.cumsum(-2)
         else:
             sums = features.sum(-2, keepdim=True)
-        return sums.repeat_interleave(heads // sums.shape[1], 1)
+        return repeated(sums, heads // sums.shape[1])
 
     def _poison(self, out: Tensor, poisoned: Tensor) -> Tensor:
         if self.mixes_heads:
@@ -470,8 +464,7 @@ def _filled(x: Tensor, where: Tensor, by: float = 0) -> Tensor:
 
 def _heads(x: Tensor, like: Tensor) -> Tensor:
     """x with as many heads as `like`, each head for its group."""
-    heads, wanted = x.shape[1], like.shape[1]
-    return x if heads == wanted else x.repeat_interleave(wanted // heads, 1)
+    return repeated(x, like.shape[1] // x.shape[1])
 
 
 @torch.no_grad()

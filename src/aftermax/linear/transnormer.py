@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from aftermax.entry import Entry, Laws
 from aftermax.linear.elu import EXCEPTIONS
 from aftermax.linear.separable import LinearState, Places, Separable, Separated
-from aftermax.visible import Visible
+from aftermax.linear.walk import repeated
+from aftermax.visible import Visible, check_tokens
 
 EPS = 1e-6
 """Of the norm, under the root; the authors'."""
@@ -127,8 +128,8 @@ class TransNormer(Separable):
     def separate(self, query, key, value, places: Places, scale, **learned: Tensor) -> Separated:
         query, key = F.silu(query), F.silu(key)
         heads, kv_heads = query.shape[1], key.shape[1]
-        if heads != kv_heads:  # decay and angles are those of the query's head
-            key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+        # decay and angles are those of the query's head
+        key, value = (repeated(x, heads // kv_heads) for x in (key, value))
         if self.lrpe:
             theta = learned["theta"].double()[:, None]
             query = _turned(query, theta, places.query)
@@ -166,8 +167,11 @@ class GatedLinearAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        if seen is not None:
+            check_tokens("seen", seen, *x.shape[:2])
+            seen = seen[:, None, None]
         query, key, value, gate = self._project(x)
-        visible = Visible(causal=True, mask=None if seen is None else seen[:, None, None])
+        visible = Visible(causal=True, mask=seen)
         out = self.system.attend(query, key, value, visible, **self.learned)
         return self._join(out, gate)
 

@@ -97,7 +97,7 @@ def walk(
         query, key, value = _widened(query, key, value)
         groups = query.shape[1] // key.shape[1]
         if groups > 1 and rate is not None:  # what decays differently is no longer shared
-            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+            key, value = (repeated(x, groups) for x in (key, value))
             groups = 1
         state = _state(state, key, value, totals)
         if form is None and impl is None and query.shape[2] == 1:
@@ -158,9 +158,8 @@ def both_ways(
         if rate is None:
             value = _with_ones(value) if totals else value
             state = key.mT @ value
-            return _split(query @ _repeated(state, groups), state, totals)
-        if groups > 1:
-            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+            return _split(query @ repeated(state, groups), state, totals)
+        key, value = (repeated(x, groups) for x in (key, value))
         options: dict[str, Any] = {"rate": rate, "totals": totals, "impl": impl}
         there = walk(query, key, value, **options)
         back = walk(query.flip(2), key.flip(2), value.flip(2), **options)
@@ -222,7 +221,7 @@ def _reference(
 ) -> Walked:
     """One head of keys for each head of queries, one more column of values for the totals."""
     value = _with_ones(value) if totals else value
-    key, value, start = (_repeated(x, groups) for x in (key, value, state))
+    key, value, start = (repeated(x, groups) for x in (key, value, state))
     rates = query.new_zeros(query.shape[1]) if rate is None else rate.to(query)
     if form == "recurrent":
         out, state = _recurrent(query, key, value, rates, start)
@@ -324,7 +323,8 @@ def _split(out: Tensor, state: Tensor, totals: bool) -> Walked:
     return Walked(out[..., :-1], out[..., -1], state) if totals else Walked(out, None, state)
 
 
-def _repeated(x: Tensor, groups: int) -> Tensor:
+def repeated(x: Tensor, groups: int) -> Tensor:
+    """Heads of keys for the heads of queries, each for its group."""
     return x if groups == 1 else x.repeat_interleave(groups, 1)
 
 
@@ -338,7 +338,7 @@ def _state(state: Tensor | None, key: Tensor, value: Tensor, totals: bool) -> Te
         return key.new_zeros(shape)
     heads = state.shape[1] if state.ndim == 4 else 0
     if heads and shape[1] % heads == 0:
-        state = _repeated(state, shape[1] // heads)
+        state = repeated(state, shape[1] // heads)
     if tuple(state.shape) != shape:
         raise ValueError(f"state must be {shape}, got {tuple(state.shape)}")
     return state.to(key.dtype)

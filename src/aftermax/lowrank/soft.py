@@ -24,7 +24,6 @@ Landmarks mix all positions, so that there is no causal form and no state to dec
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from aftermax.blocks import no_autocast
 from aftermax.call import check_inputs
 from aftermax.entry import Entry, Laws
 from aftermax.lowrank.newton import check_newton, newton_inverse
-from aftermax.visible import Visible
+from aftermax.visible import Visible, check_tokens
 
 
 def soft_attention(
@@ -258,15 +257,12 @@ def _key_mask(visible: Visible, keys: int, device: torch.device) -> Tensor:
             "SOFT pools the keys once for all queries: it takes a mask (B|1, H|1, 1, Tk), "
             f"got {what}"
         )
-    mask = visible.mask
-    if mask is None:
-        visible.seen_keys("SOFT")
+    seen = visible.seen_keys("SOFT")
+    if seen is None:
         return torch.ones(1, 1, keys, 1, dtype=torch.bool, device=device)
-    if mask.device != device:
-        raise ValueError(f"attn_mask is on {mask.device}, the query on {device}")
-    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))[:, :, :1]
-    seen = dataclasses.replace(visible, mask=mask).seen_keys("SOFT")
-    assert seen is not None
+    if seen.device != device:
+        raise ValueError(f"attn_mask is on {seen.device}, the query on {device}")
+    seen = seen.reshape((1,) * (4 - seen.ndim) + tuple(seen.shape))
     return seen.expand(-1, -1, -1, keys).transpose(-1, -2)
 
 
@@ -436,11 +432,7 @@ class SOFTAttention(nn.Module):
 def _visible_of(x: Tensor, visible: Tensor | Visible | None) -> Visible:
     if visible is None or isinstance(visible, Visible):
         return visible or Visible()
-    if visible.dtype != torch.bool or visible.shape != x.shape[:2]:
-        raise ValueError(
-            f"visible as a mask of tokens must be bool of shape (B, T) = {tuple(x.shape[:2])}, "
-            f"got {visible.dtype} of shape {tuple(visible.shape)}"
-        )
+    check_tokens("visible as a mask of tokens", visible, *x.shape[:2])
     return Visible(mask=visible[:, None, None])
 
 
