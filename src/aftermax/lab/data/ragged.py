@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,9 @@ class Ragged(NamedTuple):
     @classmethod
     def of(cls, rows: Iterable[Sequence[int]], dtype: torch.dtype = torch.int32) -> Ragged:
         """From lists."""
-        held = [torch.as_tensor(row, dtype=dtype) for row in rows]
+        held = list(rows)
         lengths = torch.tensor([len(row) for row in held], dtype=torch.int64)
-        values = torch.cat(held) if held else torch.empty(0, dtype=dtype)
-        return cls.by_lengths(values, lengths)
+        return cls.by_lengths(torch.tensor(list(chain.from_iterable(held)), dtype=dtype), lengths)
 
     @classmethod
     def by_lengths(cls, values: Tensor, lengths: Tensor) -> Ragged:
