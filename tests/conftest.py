@@ -9,6 +9,7 @@ from aftermax import kernels
 pytest.register_assert_rewrite(
     "tests.attention_cases",
     "tests.contract",
+    "tests.label_cases",
     "tests.linear_cases",
     "tests.linear_layer",
     "tests.row_cases",

@@ -27,7 +27,15 @@ from aftermax.linear import (
 )
 
 # logits -> loss
-from aftermax.losses import cross_entropy, linear_cross_entropy
+from aftermax.losses import (
+    coupled_softmax_loss,
+    cross_entropy,
+    decoupled_softmax_loss,
+    in_batch_masks,
+    label_pool,
+    linear_cross_entropy,
+    one_vs_all_loss,
+)
 
 # through landmarks
 from aftermax.lowrank import SOFT, SOFTAttention
@@ -99,11 +107,16 @@ __all__ = [
     "as_dynamical_system",
     "attention",
     "attention_weights",
+    "coupled_softmax_loss",
     "cross_entropy",
+    "decoupled_softmax_loss",
     "explain",
     "find",
+    "in_batch_masks",
+    "label_pool",
     "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
+    "one_vs_all_loss",
     "softmax",
 ]

@@ -1,6 +1,20 @@
-"""Losses over classes."""
+"""Losses over classes, and over labels of which several are right."""
 
 from aftermax.losses.cross_entropy import cross_entropy
+from aftermax.losses.decoupled import (
+    coupled_softmax_loss,
+    decoupled_softmax_loss,
+    one_vs_all_loss,
+)
 from aftermax.losses.linear_cross_entropy import linear_cross_entropy
+from aftermax.losses.positives import in_batch_masks, label_pool
 
-__all__ = ["cross_entropy", "linear_cross_entropy"]
+__all__ = [
+    "coupled_softmax_loss",
+    "cross_entropy",
+    "decoupled_softmax_loss",
+    "in_batch_masks",
+    "label_pool",
+    "linear_cross_entropy",
+    "one_vs_all_loss",
+]
