@@ -3,8 +3,8 @@
 Any Debian or Ubuntu machine has them: each package's description, and beside it the packages that
 it depends on (some ten thousand labels with a text of their own), or its tags (some hundred).
 
-Splits go by *family*: the source package without the digits of its name (gcc-12, gcc-12-cross and
-gcc-11-cross are two families). What is built from one source shares text and dependencies, and so
+Splits go by *family*: the source package without the digits of its name (gcc-11 and gcc-12 are one,
+gcc-12-cross is another). What is built from one source shares text and dependencies, and so
 do the versions of one source; split by package, the test would be learned by heart. What remains,
 a held-out text that an earlier split has word for word (numbers aside), is left out.
 """
@@ -56,7 +56,7 @@ PACKAGES = re.compile(
     r"(?P<release>(?:.+_)?dists_[^_]+)_(?P<component>.+)_binary-(?P<machine>[^_]+)_Packages"
     r"(?P<packing>\.\w+)?"
 )
-POCKET = re.compile(r"-(security|updates|backports|proposed)\b")
+POCKET = re.compile(r"dists_[^_]+-(security|updates|backports|proposed)\b")
 """Changes from week to week, and has the same packages once more."""
 
 
