@@ -128,7 +128,7 @@ def test_what_the_release_says_of_itself(lists):
     held = read("dependencies", lists)
     assert held.name == "Debian bookworm: descriptions of packages, dependencies"
     assert held.about["release"] == {
-        "lists": RELEASE,
+        "lists": "dists_bookworm",
         "Origin": "Debian",
         "Codename": "bookworm",
         "Version": "12.9",

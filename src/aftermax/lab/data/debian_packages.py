@@ -337,7 +337,7 @@ def _without_repeats(packages: list[Package]) -> tuple[dict[str, list[Package]],
 def _release(lists: Lists) -> dict[str, str]:
     """What the signed file says: the set changes when the release does."""
     wanted = ("Origin", "Codename", "Version", "Date")
-    about = {"lists": lists.release}
+    about = {"lists": lists.release[lists.release.index("dists_") :]}  # whatever the mirror
     if lists.inrelease is not None:
         for line in lists.inrelease.read_text(errors="replace").splitlines():
             name, colon, value = line.partition(": ")

@@ -108,7 +108,7 @@ def read(
         features,
         propensity or _propensity(folder.resolve().name),
         ("train", "tune"),
-        {"layout": form, "folder": str(folder)},
+        {"layout": form},
     )
 
 
