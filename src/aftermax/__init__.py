@@ -34,7 +34,10 @@ from aftermax.losses import (
     in_batch_masks,
     label_pool,
     linear_cross_entropy,
+    log_soft_topk,
     one_vs_all_loss,
+    soft_topk,
+    soft_topk_loss,
 )
 
 # through landmarks
@@ -115,8 +118,11 @@ __all__ = [
     "in_batch_masks",
     "label_pool",
     "linear_cross_entropy",
+    "log_soft_topk",
     "log_softmax",
     "logsumexp",
     "one_vs_all_loss",
+    "soft_topk",
+    "soft_topk_loss",
     "softmax",
 ]

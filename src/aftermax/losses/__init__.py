@@ -8,6 +8,7 @@ from aftermax.losses.decoupled import (
 )
 from aftermax.losses.linear_cross_entropy import linear_cross_entropy
 from aftermax.losses.positives import in_batch_masks, label_pool
+from aftermax.losses.softtopk import log_soft_topk, soft_topk, soft_topk_loss
 
 __all__ = [
     "coupled_softmax_loss",
@@ -16,5 +17,8 @@ __all__ = [
     "in_batch_masks",
     "label_pool",
     "linear_cross_entropy",
+    "log_soft_topk",
     "one_vs_all_loss",
+    "soft_topk",
+    "soft_topk_loss",
 ]

@@ -168,7 +168,7 @@ def one_vs_all_loss(
 
 
 def decoupled_rows(rest: Tensor, picked: Tensor, found: Positives) -> Tensor:
-    """The loss of each row from log sum_{n in N} e^(s_n) (B,) and the scores of positives (B, K)."""
+    """The loss of each row from the logsumexp of its negatives (B,) and its positives (B, K)."""
     counted = found.chosen & (rest != -torch.inf)[:, None]
     margin = torch.where(counted, rest[:, None] - picked, 0)
     return (marks.shares(found.chosen, picked.dtype) * _safe(_softplus(margin), counted)).sum(1)

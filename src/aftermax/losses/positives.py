@@ -68,7 +68,8 @@ def in_batch_masks(label_ids: Tensor, positive_ids: Tensor) -> tuple[Tensor, Ten
     Returns:
         positives (B, M) and visible (1, M), bool.
 
-    >>> positives, visible = in_batch_masks(torch.tensor([7, 3, 7]), torch.tensor([[7, 3], [3, -1]]))
+    >>> true = torch.tensor([[7, 3], [3, -1]])
+    >>> positives, visible = in_batch_masks(torch.tensor([7, 3, 7]), true)
     >>> positives & visible
     tensor([[ True,  True, False],
             [False,  True, False]])
@@ -119,11 +120,7 @@ def checked(
             " right"
         )
     if visible is not None and (
-        visible.dtype != torch.bool
-        or visible.ndim > 2
-        or any(
-            a not in (1, b) for a, b in zip(reversed(visible.shape), reversed(shape), strict=False)
-        )
+        visible.dtype != torch.bool or not broadcasts(visible.shape, scores.shape)
     ):
         raise ValueError(
             f"{name}: visible {tuple(visible.shape)} of {visible.dtype} for scores {shape}; bool"
@@ -135,6 +132,13 @@ def checked(
         )
     if sample is not None and sample < 1:
         raise ValueError(f"{name}: sample={sample}; at least one positive, or None for all")
+
+
+def broadcasts(given: torch.Size, shape: torch.Size) -> bool:
+    if len(given) > len(shape):
+        return False
+    ends = shape[len(shape) - len(given) :]
+    return all(n in (1, m) for n, m in zip(given, ends, strict=True))
 
 
 def by_index(
@@ -206,7 +210,7 @@ def hide(block: Tensor, rows: slice, visible: Tensor | None, index: Tensor, out:
     """-inf into a block of rows, in place: where `visible` says no, and at `index` where `out`."""
     if visible is not None:
         seen = visible if visible.ndim < 2 or visible.shape[0] == 1 else visible[rows]
-        block.masked_fill_(~seen, -torch.inf)
+        torch.where(seen, block, block.new_tensor(-torch.inf), out=block)
     if index.shape[1]:
         at, out = index[rows], out[rows]
         # fillers put back what stands in column 0, maybe after a positive there was taken out
