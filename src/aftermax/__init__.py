@@ -28,6 +28,7 @@ from aftermax.linear import (
 
 # logits -> loss
 from aftermax.losses import (
+    cached_backward,
     coupled_softmax_loss,
     cross_entropy,
     decoupled_softmax_loss,
@@ -110,6 +111,7 @@ __all__ = [
     "as_dynamical_system",
     "attention",
     "attention_weights",
+    "cached_backward",
     "coupled_softmax_loss",
     "cross_entropy",
     "decoupled_softmax_loss",

@@ -6,11 +6,13 @@ from aftermax.losses.decoupled import (
     decoupled_softmax_loss,
     one_vs_all_loss,
 )
+from aftermax.losses.label_pool import cached_backward
 from aftermax.losses.linear_cross_entropy import linear_cross_entropy
 from aftermax.losses.positives import in_batch_masks, label_pool
 from aftermax.losses.softtopk import log_soft_topk, soft_topk, soft_topk_loss
 
 __all__ = [
+    "cached_backward",
     "coupled_softmax_loss",
     "cross_entropy",
     "decoupled_softmax_loss",
