@@ -26,8 +26,13 @@ from aftermax.linear import (
     TransNormerBlock,
 )
 
-# logits -> loss
+# logits -> loss; hidden -> loss
 from aftermax.losses import (
+    FactoredLinear,
+    LogSphericalLoss,
+    LogTaylorLoss,
+    SquaredErrorLoss,
+    ZScoreLoss,
     cached_backward,
     coupled_softmax_loss,
     cross_entropy,
@@ -36,9 +41,13 @@ from aftermax.losses import (
     label_pool,
     linear_cross_entropy,
     log_soft_topk,
+    log_spherical_softmax_loss,
+    log_taylor_softmax_loss,
     one_vs_all_loss,
     soft_topk,
     soft_topk_loss,
+    squared_error_loss,
+    z_score_loss,
 )
 
 # through landmarks
@@ -84,12 +93,15 @@ __all__ = [
     "Dense",
     "DynamicalSystem",
     "Entry",
+    "FactoredLinear",
     "InLine",
     "InLineAttention",
     "KeyValues",
     "LSSARLog",
     "Linear",
     "LinearState",
+    "LogSphericalLoss",
+    "LogTaylorLoss",
     "NoPositions",
     "Normalised",
     "NormalisedAttention",
@@ -103,10 +115,12 @@ __all__ = [
     "Softmax",
     "SoftmaxOne",
     "SoftmaxSink",
+    "SquaredErrorLoss",
     "System",
     "TransNormer",
     "TransNormerBlock",
     "Visible",
+    "ZScoreLoss",
     "__version__",
     "as_dynamical_system",
     "attention",
@@ -122,9 +136,13 @@ __all__ = [
     "linear_cross_entropy",
     "log_soft_topk",
     "log_softmax",
+    "log_spherical_softmax_loss",
+    "log_taylor_softmax_loss",
     "logsumexp",
     "one_vs_all_loss",
     "soft_topk",
     "soft_topk_loss",
     "softmax",
+    "squared_error_loss",
+    "z_score_loss",
 ]

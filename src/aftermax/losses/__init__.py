@@ -1,4 +1,4 @@
-"""Losses over classes, and over labels of which several are right."""
+"""Losses over classes, over labels of which several are right, and a layer with its own step."""
 
 from aftermax.losses.cross_entropy import cross_entropy
 from aftermax.losses.decoupled import (
@@ -10,8 +10,26 @@ from aftermax.losses.label_pool import cached_backward
 from aftermax.losses.linear_cross_entropy import linear_cross_entropy
 from aftermax.losses.positives import in_batch_masks, label_pool
 from aftermax.losses.softtopk import log_soft_topk, soft_topk, soft_topk_loss
+from aftermax.losses.spherical import FactoredLinear
+from aftermax.losses.zloss import (
+    LogSphericalLoss,
+    LogTaylorLoss,
+    SphericalLoss,
+    SquaredErrorLoss,
+    ZScoreLoss,
+    log_spherical_softmax_loss,
+    log_taylor_softmax_loss,
+    squared_error_loss,
+    z_score_loss,
+)
 
 __all__ = [
+    "FactoredLinear",
+    "LogSphericalLoss",
+    "LogTaylorLoss",
+    "SphericalLoss",
+    "SquaredErrorLoss",
+    "ZScoreLoss",
     "cached_backward",
     "coupled_softmax_loss",
     "cross_entropy",
@@ -20,7 +38,11 @@ __all__ = [
     "label_pool",
     "linear_cross_entropy",
     "log_soft_topk",
+    "log_spherical_softmax_loss",
+    "log_taylor_softmax_loss",
     "one_vs_all_loss",
     "soft_topk",
     "soft_topk_loss",
+    "squared_error_loss",
+    "z_score_loss",
 ]
