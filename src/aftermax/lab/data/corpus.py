@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aftermax.lab.data.folder import write_once
 from aftermax.lab.data.sources import Document, read_documents
 
 SPLITS = {"validation": 0.08, "tune": 0.04, "train": 0.88}
@@ -131,16 +129,12 @@ def prepare(
     documents = read_documents(data)
     digest = _digest(documents, tokenizer, vocabulary)
     folder = out / digest
-    if not (folder / "meta.json").exists():
-        scratch = folder.with_name(f"{digest}.{os.getpid()}")  # renamed when whole
-        shutil.rmtree(scratch, ignore_errors=True)
-        try:
-            _write(documents, data, digest, tokenizer, vocabulary, scratch)
-            _check(Corpus.open(scratch), shortest, longest)
-            with contextlib.suppress(OSError):  # another process was first with the same text
-                scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+
+    def write(scratch: Path) -> None:
+        _write(documents, data, digest, tokenizer, vocabulary, scratch)
+        _check(Corpus.open(scratch), shortest, longest)
+
+    write_once(folder, write)
     corpus = Corpus.open(folder)
     _check(corpus, shortest, longest)
     return corpus
@@ -161,7 +155,6 @@ def _write(documents, data, digest, tokenizer, vocabulary, folder: Path) -> None
     splits = split_documents(documents)
     encode, text_vocabulary, model = _tokenizer(tokenizer, vocabulary, splits["train"])
     symbols = Symbols(text_vocabulary)
-    folder.mkdir(parents=True)
     counts = {}
     for split, parts in splits.items():
         stream, places, position = [], [], 0

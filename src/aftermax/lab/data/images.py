@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,6 +12,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from aftermax.lab.data.folder import write_once
 
 SPLITS = {"test": 0.25, "tune": 0.15, "train": 0.6}
 """Shares of each class: what is reported, what the learning rate is chosen by, what is learned."""
@@ -88,7 +87,7 @@ def prepare(
     pixels, labels, repeated = _without_repeats(pixels, labels)
     digest = _digest(classes, pixels, labels, split)
     folder = out / digest
-    if not (folder / "meta.json").exists():
+    if not folder.exists():
         parts = split_by_class(torch.from_numpy(labels), classes, split)
         tensors = {}
         for name, places in parts.items():
@@ -100,16 +99,12 @@ def prepare(
             "classes": classes,
             "repeated": repeated,
         }
-        scratch = folder.with_name(f"{digest}.{os.getpid()}")  # renamed when whole
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        try:
+
+        def write(scratch: Path) -> None:
             save_file(tensors, scratch / "images.safetensors")
             (scratch / "meta.json").write_text(json.dumps(meta, indent=2))
-            with contextlib.suppress(OSError):  # another process was first with the same images
-                scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+
+        write_once(folder, write)
     return Images.open(folder)
 
 

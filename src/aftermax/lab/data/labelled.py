@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aftermax.lab.data.folder import write_once
 from aftermax.lab.data.ragged import Ragged
 from aftermax.lab.data.vocabulary import Vocabulary, words_of
 
@@ -266,15 +264,7 @@ def prepare(
     """
     digest = _digest(source, least, rare, bigrams)
     folder = out / digest
-    if not (folder / "meta.json").exists():
-        scratch = folder.with_name(f"{digest}.{os.getpid()}")  # renamed when whole
-        shutil.rmtree(scratch, ignore_errors=True)
-        try:
-            _write(source, digest, least, rare, bigrams, scratch)
-            with contextlib.suppress(OSError):  # another process was first with the same texts
-                scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    write_once(folder, lambda scratch: _write(source, digest, least, rare, bigrams, scratch))
     return LabelledTexts.open(folder)
 
 
@@ -328,7 +318,6 @@ def _write(source: Source, digest: str, least: int, rare: int, bigrams: int, fol
         "counted": source.counted,
         "about": _counts(splits, tensors, len(label_ids), size, dropped) | source.about,
     }
-    folder.mkdir(parents=True)
     save_file(tensors, folder / "documents.safetensors")
     _write_lines(folder / "labels.jsonl", [source.labels[i] for i in label_ids])
     _write_lines(folder / "label_texts.jsonl", label_texts)
