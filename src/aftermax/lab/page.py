@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from aftermax.lab.results import Results
+from aftermax.lab.work import AnyArm
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def table(
     columns: list[str],
     cells: list[tuple[str, int, int]],
     best: Callable | list[Callable | None] | None = max,
-    factors: list[float] | None = None,
+    factors: Sequence[float] | None = None,
 ) -> tuple[list[str], list[list[Cell]]]:
     """A row for each system, a column for each (measure, multiple, digits).
 
@@ -72,8 +73,12 @@ def table(
     return ["system", *columns], rows
 
 
-def cost_row(results: Results, entry, a_unit: int = 1) -> list[Cell]:
-    """Title, learning rate, ratio of speeds, units (of so many tokens) per second, memory."""
+def cost_row(results: Results, entry: AnyArm, a_unit: int = 1, counted: bool = False) -> list[Cell]:
+    """Title, learning rate, ratio of speeds, units (of so many tokens) per second, memory.
+
+    Args:
+        counted: the number of parameters as well.
+    """
     rate = results.rates.get(entry.name)
     ratio, low, high, speed, memory = (
         results.cost(entry.name, measure)
@@ -90,7 +95,15 @@ def cost_row(results: Results, entry, a_unit: int = 1) -> list[Cell]:
             f"{speed / a_unit:,.0f}",
             f"{memory:.0f}",
         ]
+    if counted:
+        parameters = results.at(entry.name, "parameters", 1)
+        costs.append("–" if parameters is None else f"{parameters.mean:,.0f}")
     return [Cell(entry.title), Cell(f"{rate:g}"), *map(Cell, costs)]
+
+
+def bold_if_best(cell: Cell) -> str:
+    """For the terminal."""
+    return f"[bold]{cell.text}[/bold]" if cell.best else cell.text
 
 
 def shared_settings(results: Results) -> dict[str, str]:
@@ -103,18 +116,22 @@ def shared_settings(results: Results) -> dict[str, str]:
         if len(work.learning_rates) > 1
         else f"{tried} for all, not searched"
     )
-    heads = f"{work.heads} heads of {work.width // work.heads}"
-    norms = "QK-norm in the dot product systems" if work.qk_norm else "no QK-norm"
     return {
         "command": f"aftermax compare {results.preset}",
-        "size": f"{work.layers} layers, width {work.width}, {heads}",
-        "norms": norms,
         "learning rate": search,
         "seeds": ", ".join(map(str, work.seeds)),
         "diverged": "; ".join(f"{s}, seed {n}" for s, n in results.diverged) or "no run",
         "machine": f"{machine['processor']}, {machine['cores']} cores ({machine['isa']}), "
         f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}",
     }
+
+
+def transformer_settings(results: Results) -> tuple[str, str]:
+    """The size of the model, and its norms."""
+    work = results.work
+    heads = f"{work.heads} heads of {work.width // work.heads}"
+    norms = "QK-norm in the dot product systems" if work.qk_norm else "no QK-norm"
+    return f"{work.layers} layers, width {work.width}, {heads}", norms
 
 
 def terminal_table(title: str, columns: list[str]) -> Table:

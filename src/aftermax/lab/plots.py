@@ -10,55 +10,29 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
 from aftermax.attention import attention_weights
 from aftermax.catalogue import CATALOGUE
+from aftermax.lab import output_plots
 from aftermax.lab.data.recall import PAIRS
+from aftermax.lab.draw import (
+    COLOURS,
+    STYLE,
+    against_length,
+    colour,
+    costs,
+    dots,
+    legend_below,
+    look,
+)
 from aftermax.lab.injectivity import Measured
 from aftermax.lab.mqar import ARMS as MQAR_ARMS
 from aftermax.lab.mqar import Study
 from aftermax.lab.results import Results
 from aftermax.lab.work import Arm
 from aftermax.weights import RowMap
-
-STYLE = Path(__file__).with_name("aftermax.mplstyle")
-
-COLOURS = (
-    *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#8DA0CB", "#56B4E9", "#CC79A7"),
-    *("#222222", "#7F5AA8", "#A6761D", "#66A61E", "#999999", "#B2182B"),
-)
-"""Okabe and Ito's colours without their yellow, then others; the first is softmax's."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-"""Also by place, so that no two neighbours are told apart by colour alone."""
-LINES = {"rope": "-", "p-rope": (0, (5, 1.5)), "alibi": (0, (1, 1.2)), "none": "-.", "learned": "-"}
-
-
-def colour(name: str) -> str:
-    """Of a system: by place among those that keep all keys, or among the others.
-
-    The two stand in figures of their own, with softmax in both.
-    """
-    dense = [e.name for e in CATALOGUE if e.walk == "dense"]
-    if name in dense:
-        return COLOURS[dense.index(name) % len(COLOURS)]
-    others = [e.name for e in CATALOGUE if e.walk != "dense"]
-    return COLOURS[1 + others.index(name) % (len(COLOURS) - 1)]
-
-
-def look(entry: Arm) -> dict[str, Any]:
-    """Colour by the system, dashes by the position encoding, a hollow marker for other traits."""
-    place = [e.name for e in CATALOGUE].index(entry.entry.name)
-    own = colour(entry.entry.name)
-    traits = set(entry.name.split("/")[1:]) & {"bare", "hybrid", "layerscale"}
-    return {
-        "color": own,
-        "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": LINES[entry.positions],
-        "markerfacecolor": "white" if traits else own,
-    }
 
 
 def _groups(results: Results) -> dict[str, list[Arm]]:
@@ -80,7 +54,7 @@ def loss_and_recall(results: Results) -> Figure:
         _loss_and_recall_of(row, results, arms)
         row[0].set_title(kept.capitalize() or "Same target tokens, ever longer context")
     if len(groups) == 1:
-        _legend_below(figure, axes[0, 0])
+        legend_below(figure, axes[0, 0])
     else:
         figure.tight_layout()
         for row in axes:
@@ -92,7 +66,7 @@ def loss_and_recall(results: Results) -> Figure:
 
 
 def _loss_and_recall_of(axes, results: Results, arms: list[Arm]) -> None:
-    _against_length(axes[0], results, "loss", "loss (nats per token)", arms)
+    against_length(axes[0], results, "loss", "loss (nats per token)", arms)
     best = min(
         spread.mean
         for entry in results.arms
@@ -104,9 +78,9 @@ def _loss_and_recall_of(axes, results: Results, arms: list[Arm]) -> None:
         (results.work.lengths[-1], best), (0, -11), textcoords="offset points",
         ha="right", color="#777777", fontsize=8,
     )  # fmt: skip
-    _against_length(axes[1], results, "passkey", "passkeys found (share)", arms)
+    against_length(axes[1], results, "passkey", "passkeys found (share)", arms)
     axes[1].set_title("Passkey")
-    _against_length(axes[2], results, "mqar", "answers found (share)", arms)
+    against_length(axes[2], results, "mqar", "answers found (share)", arms)
     axes[2].set_title("Associative recall (MQAR)")
     axes[2].axhline(1 / PAIRS, color="#999999", linewidth=1)
     axes[2].annotate(
@@ -124,7 +98,7 @@ def buckets(results: Results) -> Figure:
         1, len(groups), figsize=(7 * len(groups), 4.2), squeeze=False, sharey=True
     )
     for axis, (kept, arms) in zip(axes[0], groups.items(), strict=True):
-        _against_length(axis, results, "bucket_loss", "loss (nats per token)", arms)
+        against_length(axis, results, "bucket_loss", "loss (nats per token)", arms)
         axis.set_xlabel(f"part of a {results.work.lengths[-1]}-token window that ends at (tokens)")
         axis.set_title(kept.capitalize() or "Loss by place in the longest window")
     _legends_below(figure, axes[0])
@@ -140,11 +114,11 @@ def diagnostics(results: Results) -> Figure:
         "first_mass": "share of the first token",
     }
     for axis, (measure, label) in zip(axes, names.items(), strict=True):
-        _against_length(axis, results, measure, label)
+        against_length(axis, results, measure, label)
     axes[1].set_yscale("log", base=2)
     axes[1].yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes[0].set_title("Mean over layers, heads and the last rows")
-    _legend_below(figure, axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -168,27 +142,6 @@ def learning_curves(results: Results, of: str = "on text (nats per token)") -> F
     return figure
 
 
-def costs(results: Results, unit: str = "tokens") -> Figure:
-    """Speed as a ratio to the first system, and memory, as bars."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.34 * len(results.arms) + 1.4), sharey=True)
-    entries = [e for e in results.arms if results.cost(e.name, "speed_ratio") is not None]
-    places = range(len(entries), 0, -1)
-    colours = [look(e)["color"] for e in entries]
-    ratio, low, high, memory = (
-        [results.cost(e.name, measure) or 0.0 for e in entries]
-        for measure in ("speed_ratio", "speed_ratio_low", "speed_ratio_high", "peak_mebibytes")
-    )
-    error = [np.subtract(ratio, low), np.subtract(high, ratio)]
-    axes[0].barh(places, ratio, color=colours, xerr=error, ecolor="#555555")
-    axes[0].set_yticks(places, [e.title for e in entries])
-    axes[0].set_xlabel(f"training speed at {results.work.context} {unit}, as a ratio to the first")
-    axes[1].barh(places, memory, color=colours)
-    axes[1].set_xlabel(f"peak memory of a step at {results.work.lengths[-1]} {unit} (MiB)")
-    for axis in axes:
-        axis.grid(axis="y", visible=False)
-    return figure
-
-
 RESULT_FIGURES: dict[str, Callable[[Results], Figure]] = {
     "loss_and_recall": loss_and_recall,
     "buckets": buckets,
@@ -196,35 +149,6 @@ RESULT_FIGURES: dict[str, Callable[[Results], Figure]] = {
     "learning_curves": learning_curves,
     "costs": costs,
 }
-
-
-def held_out(results: Results) -> Figure:
-    """Accuracy and loss on the test split: mean and deviation, and above them each seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.42 * len(results.arms) + 1.6), sharey=True)
-    places = range(len(results.arms), 0, -1)
-    labels = {"accuracy": "accuracy (% of the test split)", "loss": "loss (nats per image)"}
-    for axis, (measure, label) in zip(axes, labels.items(), strict=True):
-        factor = 100 if measure == "accuracy" else 1
-        for place, entry in zip(places, results.arms, strict=True):
-            style = look(entry) | {"linestyle": "none"}
-            spread = results.at(entry.name, measure, 1)
-            if spread is None:
-                continue
-            seeds = results.seeds_of(entry.name, measure, results.work.context).values()
-            axis.plot(
-                [factor * value for value in seeds], [place + 0.22] * len(seeds),
-                ".", color=style["color"], alpha=0.45, markersize=6,
-            )  # fmt: skip
-            shown = spread.times(factor)
-            axis.errorbar(shown.mean, place, xerr=shown.sd, capsize=3, markersize=7, **style)
-        axis.set_xlabel(label)
-        axis.grid(axis="y", visible=False)
-    axes[0].set_yticks(places, [entry.title for entry in results.arms])
-    axes[0].set_ylim(0.4, len(results.arms) + 0.6)
-    axes[0].set_title("Higher is better")
-    axes[1].set_title("Lower is better")
-    figure.tight_layout()
-    return figure
 
 
 def image_learning_curves(results: Results) -> Figure:
@@ -235,6 +159,18 @@ def image_costs(results: Results) -> Figure:
     return costs(results, "patches")
 
 
+def held_out(results: Results) -> Figure:
+    """Accuracy and loss on the test split."""
+    figure = dots(
+        results,
+        [("accuracy", "accuracy (% of the test split)", 100), ("loss", "loss (nats per image)", 1)],
+    )
+    for axis, title in zip(figure.axes, ("Higher is better", "Lower is better"), strict=True):
+        axis.set_title(title)
+    figure.tight_layout()
+    return figure
+
+
 FIGURES: dict[str, dict[str, Callable[[Results], Figure]]] = {
     "text": RESULT_FIGURES,
     "vision": {
@@ -242,6 +178,8 @@ FIGURES: dict[str, dict[str, Callable[[Results], Figure]]] = {
         "learning_curves": image_learning_curves,
         "costs": image_costs,
     },
+    "labels": output_plots.LABELS,
+    "words": output_plots.WORDS,
 }
 """By task."""
 
@@ -370,7 +308,7 @@ def mqar(study: Study) -> Figure:
     axis.set_xlabel("width n of queries and keys, and n d, the state of a linear layer in numbers")
     axis.set_ylabel("answers found (share)")
     axis.set_title(f"Recall of {setting.pairs} pairs, one block for all mixers")
-    _legend_below(figure, axis)
+    legend_below(figure, axis)
     return figure
 
 
@@ -435,44 +373,10 @@ def draw(results: Results) -> dict[str, Figure]:
         return {name: figure(results) for name, figure in FIGURES[results.work.task].items()}
 
 
-def _against_length(
-    axis: Axes, results: Results, measure: str, label: str, arms: list[Arm] | None = None
-) -> None:
-    lengths = results.lengths_of(measure)
-    for entry in results.arms if arms is None else arms:
-        multiples = [length // results.work.context for length in lengths]
-        spreads = [results.at(entry.name, measure, m) for m in multiples]
-        known = [(x, s) for x, s in zip(lengths, spreads, strict=True) if s is not None]
-        if not known:
-            continue
-        x = [length for length, _ in known]
-        mean = np.array([s.mean for _, s in known])
-        sd = np.array([s.sd for _, s in known])
-        style = look(entry)
-        axis.plot(x, mean, label=entry.title, **style)
-        axis.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.1, linewidth=0)
-    axis.set_xscale("log", base=2)
-    context = results.work.context
-    axis.set_xticks(lengths, [f"{n}\n{n // context}x" for n in lengths])
-    axis.minorticks_off()
-    axis.set_xlabel("context (tokens, multiples of the training length)")
-    axis.set_ylabel(label)
-
-
-def _legend_below(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    columns = 4 if figure.get_figwidth() > 8 else 3
-    figure.tight_layout()
-    figure.legend(
-        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns,
-        handlelength=3.2,
-    )  # fmt: skip
-
-
 def _legends_below(figure: Figure, axes) -> None:
     """One for all axes where there is but one, else one below each."""
     if len(axes) == 1:
-        _legend_below(figure, axes[0])
+        legend_below(figure, axes[0])
         return
     figure.tight_layout()
     for axis in axes:

@@ -14,7 +14,6 @@ from aftermax.lab.imports import read_export
 from aftermax.lab.store import Store
 from aftermax.lab.tasks import work_of
 from aftermax.lab.verdicts import VERDICTS, paired
-from aftermax.lab.work import Arm, arm
 
 
 class Spread(NamedTuple):
@@ -91,9 +90,10 @@ class Results:
         )  # fmt: skip
 
     @property
-    def arms(self) -> list[Arm]:
+    def arms(self) -> list[Any]:
         """The systems that have a measured run, in the order of the work."""
-        return [arm(s, self.work) for s in self.work.systems if self.at(s, "loss", 1)]
+        work = self.work
+        return [work.arm(s) for s in work.systems if self.at(s, work.headline, 1)]
 
     @property
     def diverged(self) -> list[tuple[str, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group
 
 from aftermax import __version__
-from aftermax.lab.page import Page, Tables, cost_row, shared_settings, table
+from aftermax.lab.page import Page, Tables, cost_row, shared_settings, table, transformer_settings
 from aftermax.lab.page import terminal_table as begin_terminal_table
 from aftermax.lab.results import Results
 from aftermax.positions import RoPE
@@ -75,12 +75,13 @@ def tables(results: Results) -> Tables:
 
 def settings(results: Results) -> dict[str, str]:
     work, data, said = results.work, results.data, shared_settings(results)
+    size, norms = transformer_settings(results)
     turning = round(RoPE.for_length(work.context).fraction * (work.width // work.heads // 2))
     return {
         "command": said["command"],
         "text": f"{data['name']}, {data['tokens'] / 1e6:.1f} million tokens ({work.tokenizer}), "
         f"digest {data['digest']}",
-        "model": f"{said['size']}; SwiGLU, RMSNorm, tied embeddings, {said['norms']}",
+        "model": f"{size}; SwiGLU, RMSNorm, tied embeddings, {norms}",
         "positions": f"{work.positions} where neither name nor formula says else; p-RoPE turns the "
         f"{turning} fastest of {work.width // work.heads // 2} frequencies",
         "training": f"{work.steps} steps of {work.batch} x {work.context} tokens, "

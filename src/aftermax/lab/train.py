@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from aftermax.lab.store import Row, Store
 from aftermax.lab.tasks import Data, task_of
 from aftermax.lab.work import AnyWork, Run
+from aftermax.losses import FactoredLinear
 
 CHECKPOINT_EVERY = 100
 """Steps between checkpoints; any value gives the same numbers."""
@@ -87,18 +88,39 @@ def build(run: Run, data: Data) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimiser before the first step; the same initial weights for every system."""
     torch.manual_seed(run.seed)
     model = task_of(run.work).model(run, data)
-    return model, make_optimiser(model, run.work, run.learning_rate)
+    return model, make_optimiser(model, run)
 
 
-def make_optimiser(model: nn.Module, work: AnyWork, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, vectors and what a system learns do not."""
+def make_optimiser(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, vectors and what a system learns do not. Or plain SGD, which may be
+    sparse. A factored output layer, which no optimiser can hold, makes its own step with it."""
+    work = run.work
+    if run.arm.optimiser == "sgd":
+        optimiser: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate)
+    else:
+        optimiser = _adamw(model, work)
+    layers = [layer for layer in model.modules() if isinstance(layer, FactoredLinear)]
+
+    def step_too(after: torch.optim.Optimizer, *_: Any) -> None:
+        for layer in layers:
+            if math.isfinite(layer.grad_norm()):
+                layer.step(work.factored_rate * after.param_groups[0]["lr"])
+            else:  # the run has diverged, which the loop sees by its loss
+                layer.zero_grad()
+
+    if layers:
+        optimiser.register_step_post_hook(step_too)
+    return optimiser
+
+
+def _adamw(model: nn.Module, work: AnyWork) -> torch.optim.Optimizer:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "learned" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "learned" in n]
     groups = [
         {"params": matrices, "weight_decay": work.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def batch(run: Run, data: Data, step: int) -> Any:
@@ -108,13 +130,14 @@ def batch(run: Run, data: Data, step: int) -> Any:
 
 
 def train_step(model, optimiser, batch: Any, run: Run, step: int) -> Tensor:
-    """One step of AdamW; returns the loss that is reported."""
+    """One step of the optimiser; returns the loss that is reported."""
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(run, step)
     loss, reported = task_of(run.work).loss(model, batch, run)
     optimiser.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if run.work.clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), run.work.clip)
     optimiser.step()
     return reported.detach()
 
@@ -131,10 +154,11 @@ def evaluate(model: nn.Module, run: Run, data: Data, step: int) -> list[Row]:
 def learning_rate(run: Run, step: int) -> float:
     """Linear warm-up, then a cosine down to a tenth."""
     warmup = max(1, round(run.work.warmup * run.steps))
+    highest = run.learning_rate * run.arm.rate_scale
     if step < warmup:
-        return run.learning_rate * (step + 1) / warmup
+        return highest * (step + 1) / warmup
     done = (step - warmup) / max(1, run.steps - warmup)
-    return run.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    return highest * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
@@ -158,14 +182,18 @@ def save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: i
 def load(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
     """Put a checkpoint back; the number of steps that it has behind it."""
     with safe_open(path, "pt") as checkpoint:
+        names = set(checkpoint.keys())
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 tensor.copy_(checkpoint.get_tensor(f"model.{name}"))
             for name, parameter in model.named_parameters():
-                optimiser.state[parameter] = {
-                    key: checkpoint.get_tensor(f"optimiser.{key}.{name}")
+                held = {
+                    key: checkpoint.get_tensor(stored)
                     for key in ("step", "exp_avg", "exp_avg_sq")
+                    if (stored := f"optimiser.{key}.{name}") in names
                 }
+                if held:  # plain SGD has none
+                    optimiser.state[parameter] = held
         torch.set_rng_state(checkpoint.get_tensor("generator"))
         return json.loads(checkpoint.metadata()["step"])
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 from rich.table import Table
 
 from aftermax import __version__
-from aftermax.lab.page import Cell, Page, Tables, cost_row, shared_settings, table
+from aftermax.lab.page import (
+    Page,
+    Tables,
+    bold_if_best,
+    cost_row,
+    shared_settings,
+    table,
+    transformer_settings,
+)
 from aftermax.lab.page import terminal_table as begin_terminal_table
 from aftermax.lab.results import Results
 from aftermax.lab.vision import MEMORY_BATCHES, told
-from aftermax.lab.work import Arm
 
 CAPTIONS = {
     "held_out": (
@@ -58,26 +65,21 @@ def tables(results: Results) -> Tables:
         "Cost": (
             ["system", "learning rate", "training speed, ratio (range)", "images/s",
              f"peak MiB of {MEMORY_BATCHES * results.work.batch} images", "parameters"],
-            [_cost_row(results, entry) for entry in results.arms],
+            [cost_row(results, e, results.work.context, counted=True) for e in results.arms],
         ),
     }  # fmt: skip
 
 
-def _cost_row(results: Results, entry: Arm) -> list[Cell]:
-    counted = results.at(entry.name, "parameters", 1)
-    count = Cell("–" if counted is None else f"{counted.mean:,.0f}")
-    return [*cost_row(results, entry, results.work.context), count]
-
-
 def settings(results: Results) -> dict[str, str]:
     work, said = results.work, shared_settings(results)
+    size, norms = transformer_settings(results)
     images = told(results.data).removeprefix("images: ")
     moved = f"moved by up to {work.shift} pixels" if work.shift else "as they are"
     return {
         "command": said["command"],
         "images": f"{images}, split by seed {work.split}, digest {results.data['digest']}",
-        "model": f"{said['size']}; patches of {work.patch} x {work.patch}, learned places, "
-        f"SwiGLU, RMSNorm, mean pooling, {said['norms']}",
+        "model": f"{size}; patches of {work.patch} x {work.patch}, learned places, "
+        f"SwiGLU, RMSNorm, mean pooling, {norms}",
         "training": f"{work.steps} steps of {work.batch} images, {moved}; AdamW, warm-up, cosine",
         "learning rate": said["learning rate"],
         "seeds": said["seeds"],
@@ -94,12 +96,8 @@ def terminal_table(results: Results) -> Table:
     for entry, (_, *cells) in zip(results.arms, rows, strict=True):
         ratio = results.cost(entry.name, "speed_ratio")
         speed = "–" if ratio is None else f"{ratio:.2f}"
-        shown.add_row(entry.name, *map(_bold_if_best, cells), speed)
+        shown.add_row(entry.name, *map(bold_if_best, cells), speed)
     return shown
-
-
-def _bold_if_best(cell: Cell) -> str:
-    return f"[bold]{cell.text}[/bold]" if cell.best else cell.text
 
 
 PAGE = Page(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from aftermax.lab.work import AnyWork
+from aftermax.lab.work import AttentionWork
 
 SYSTEMS = ("softmax", "cosine", "sigmoid", "linear", "inline", "soft", "soft-norm")
 
 
 @dataclass(frozen=True)
-class VisionWork(AnyWork):
+class VisionWork(AttentionWork):
     """What is trained and measured, the same for each system."""
 
     task: ClassVar[str] = "vision"
@@ -91,9 +91,6 @@ class VisionWork(AnyWork):
     @property
     def lengths(self) -> tuple[int, ...]:  # type: ignore[override]
         return (self.context,)
-
-    def settings(self) -> dict:
-        return {"task": self.task} | super().settings()
 
 
 _QUICK = VisionWork()

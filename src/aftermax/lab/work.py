@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 
@@ -20,6 +20,41 @@ SEARCH_SEED = 1000
 """Of the runs that choose the learning rate; no reported run has it."""
 
 
+class Described(Protocol):
+    """What reports say of a system: its formula and where it is from."""
+
+    @property
+    def formula(self) -> str: ...
+    @property
+    def paper(self) -> str: ...
+    @property
+    def arxiv(self) -> str: ...
+    @property
+    def claim(self) -> str: ...
+
+
+class AnyArm(Protocol):
+    """A system as it runs in a work."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def entry(self) -> Described: ...
+    @property
+    def optimiser(self) -> Literal["adamw", "sgd"]: ...
+    @property
+    def rate_scale(self) -> float:
+        """What the work's learning rates are multiplied by."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What of the code itself decides its numbers."""
+        ...
+
+
 class AnyWork:
     """What the loop, the grid and the store ask of a work, whatever its task.
 
@@ -27,24 +62,19 @@ class AnyWork:
     """
 
     task: ClassVar[str]
-    causal: ClassVar[bool]
-    """Whether a token sees only what came before it."""
-    encodings: ClassVar[tuple[str, ...]]
-    """Position encodings that a system's name can ask for."""
+    headline: ClassVar[str] = "loss"
+    """The measure that a system must have to be shown."""
     final: ClassVar[str]
     """A measure that a run has at each length once it has come to its end."""
+    clip: ClassVar[float | None] = 1.0
+    """Largest norm of the gradient of all parameters; None = any."""
+    factored_rate: float = 1.0
+    """Of a factored output layer's own steps, over the learning rate of the rest."""
     kept_for_tuning: ClassVar[str]
     """What the choice of learning rates sees, in words."""
 
     systems: tuple[str, ...]
     data: Path | None
-    layers: int
-    width: int
-    heads: int
-    positions: str
-    qk_norm: bool
-    hybrid_norm: bool
-    layer_scale: bool
     context: int
     """Tokens of one example in training."""
     lengths: tuple[int, ...]
@@ -60,38 +90,70 @@ class AnyWork:
     seeds: tuple[int, ...]
     threads: int
 
+    def arm(self, name: str) -> AnyArm:
+        """The system of that name, with its traits.
+
+        Raises:
+            ValueError: saying what there is.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what its systems are")
+
     def settings(self) -> dict:
         """All fields as JSON can hold them."""
         fields = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return fields | {"data": None if self.data is None else str(self.data)}
+        task = {} if self.task == "text" else {"task": self.task}  # stored runs of text say none
+        return task | fields | {"data": None if self.data is None else str(self.data)}
 
     def check(self, *counts: str) -> None:
         """What no work can be, whatever its task; `counts` are fields that are 1 or more."""
+        for name in (*counts, "steps", "batch", "search_steps", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in self.systems:
-            arm(name, self)
+            self.arm(name)
         for name in ("systems", "seeds", "learning_rates"):
             given = getattr(self, name)
             if not given:
                 raise ValueError(f"{name} must not be empty")
             if len(set(given)) < len(given):
                 raise ValueError(f"one of the {name} stands twice in {' '.join(map(str, given))}")
-        for name in ("layers", "heads", "steps", "batch", "search_steps", *counts, "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(
-                f"width / heads must be a whole even number, got {self.width} / {self.heads}"
-            )
-        if self.width < 1 or not all(rate > 0 for rate in self.learning_rates):
-            raise ValueError("width and learning_rates must be above 0")
+        if not all(rate > 0 for rate in self.learning_rates):
+            raise ValueError("learning_rates must be above 0")
         if not 0 <= self.warmup <= 1 or not self.weight_decay >= 0:
             raise ValueError("warmup is a share of the steps, 0 to 1; weight_decay is 0 or more")
         if not all(0 <= seed < SEARCH_SEED for seed in self.seeds):
             raise ValueError(f"seeds are 0 to {SEARCH_SEED - 1}, got {self.seeds}")
 
 
+class AttentionWork(AnyWork):
+    """A work whose systems are those of the catalogue, in a transformer."""
+
+    causal: ClassVar[bool]
+    """Whether a token sees only what came before it."""
+    encodings: ClassVar[tuple[str, ...]]
+    """Position encodings that a system's name can ask for."""
+
+    layers: int
+    width: int
+    heads: int
+    positions: str
+    qk_norm: bool
+    hybrid_norm: bool
+    layer_scale: bool
+
+    def arm(self, name: str) -> Arm:
+        return arm(name, self)
+
+    def check(self, *counts: str) -> None:
+        super().check("layers", "width", "heads", *counts)
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width / heads must be a whole even number, got {self.width} / {self.heads}"
+            )
+
+
 @dataclass(frozen=True)
-class Work(AnyWork):
+class Work(AttentionWork):
     """What is trained and measured, the same for each system."""
 
     task: ClassVar[str] = "text"
@@ -183,10 +245,23 @@ class Arm:
     qk_norm: bool
     hybrid_norm: bool
     layer_scale: bool
+    context: int
+    """Training length in tokens."""
+    encoded: bool
+    """Whether attention knows of positions here."""
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    rate_scale: float = 1.0
 
-    def place(self, context: int) -> NoPositions:
-        """The position encoding; partial RoPE keeps what training at this length shows whole."""
-        return RoPE.for_length(context) if self.positions == "p-rope" else POSITIONS[self.positions]
+    @property
+    def place(self) -> NoPositions:
+        """The position encoding; partial RoPE keeps what the training length shows whole."""
+        partial = self.positions == "p-rope"
+        return RoPE.for_length(self.context) if partial else POSITIONS[self.positions]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        places = {"places": repr(self.place)} if self.encoded else {}
+        return {"arm": repr(self.entry.system)} | places
 
     def system_of(self, layer: int, layers: int, longest: int) -> Any:
         """The system as it stands in a layer, counted from 0, of a model that never reads more than
@@ -204,7 +279,7 @@ class Arm:
         return self.entry.title + (f" · {', '.join(marks)}" if marks else "")
 
 
-def arm(name: str, work: AnyWork) -> Arm:
+def arm(name: str, work: AttentionWork) -> Arm:
     """Read `system/trait/trait`.
 
     >>> arm("softmax/alibi", Work()).positions
@@ -230,6 +305,8 @@ def arm(name: str, work: AnyWork) -> Arm:
         qk_norm=work.qk_norm and "bare" not in traits and not entry.laws.scale_free,
         hybrid_norm=work.hybrid_norm or "hybrid" in traits,
         layer_scale=work.layer_scale or "layerscale" in traits,
+        context=work.context,
+        encoded=bool(work.encodings),
     )
 
 
@@ -252,21 +329,16 @@ class Run(Generic[W]):
         return self.work.steps if self.kind == "train" else self.work.search_steps
 
     @property
-    def arm(self) -> Arm:
-        return arm(self.system, self.work)
+    def arm(self) -> Any:
+        return self.work.arm(self.system)
 
     def settings(self) -> dict:
         """What the identity is made of: the work without what other runs do."""
         others = ("systems", "seeds", "learning_rates", "data", "search_steps", "steps")
         work = {k: v for k, v in self.work.settings().items() if k not in others}
         own = {f: getattr(self, f) for f in ("system", "seed", "learning_rate", "kind", "steps")}
-        code = {
-            "made_by": f"aftermax {__version__}, torch {torch.__version__}",
-            "arm": repr(self.arm.entry.system),
-        }
-        if self.work.encodings:
-            code["places"] = repr(self.arm.place(self.work.context))
-        return work | own | code | {"data_digest": self.data_digest}
+        code = {"made_by": f"aftermax {__version__}, torch {torch.__version__}"}
+        return work | own | code | self.arm.identity | {"data_digest": self.data_digest}
 
     @property
     def id(self) -> str:
