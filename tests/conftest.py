@@ -63,3 +63,12 @@ def image_comparison(tmp_path_factory):
     from .lab_work import compared_images
 
     return compared_images(tmp_path_factory.mktemp("image_comparison"))
+
+
+@pytest.fixture(scope="session", params=["labels", "words"])
+def output_comparison(request, tmp_path_factory):
+    """The same of a task whose systems are output layers."""
+    from .lab_work import compared_labels, compared_words
+
+    compared = {"labels": compared_labels, "words": compared_words}[request.param]
+    return compared(tmp_path_factory.mktemp(f"{request.param}_comparison"))

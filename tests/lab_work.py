@@ -13,10 +13,14 @@ import torch
 
 from aftermax.cli import main, preset_of
 from aftermax.lab.data.corpus import Corpus, prepare
+from aftermax.lab.labels_work import LabelsWork
 from aftermax.lab.models import DecoderLM
 from aftermax.lab.store import Store
 from aftermax.lab.vision_work import VisionWork
+from aftermax.lab.words_work import WordsWork
 from aftermax.lab.work import AnyWork, Run, Work
+
+from .label_set import write_set
 
 TINY = {
     "systems": ("softmax", "lssar"),
@@ -114,6 +118,32 @@ def compared_images(folder: Path) -> tuple[Path, str]:
         seeds=(0, 1, 2),
         learning_rates=(3e-3, 1e-2),
         search_steps=4,
+    )
+    return compared_work(work, folder)
+
+
+def compared_labels(folder: Path) -> tuple[Path, str]:
+    """The same of the task of labels."""
+    work = LabelsWork(
+        systems=("softmax", "z-loss", "dual/infonce", "dual/decoupled"),
+        data=write_set(folder / "set"),
+        **{"width": 16, "batch": 16, "steps": 40, "temperature": 0.2, "factored_rate": 1.0},
+        seeds=(0, 1, 2),
+        learning_rates=(1e-2, 3e-2),
+        search_steps=10,
+    )
+    return compared_work(work, folder)
+
+
+def compared_words(folder: Path) -> tuple[Path, str]:
+    """The same of the task of words."""
+    work = WordsWork(
+        systems=("softmax", "softmax/adamw", "z-loss", "sampled"),
+        data=write_texts(folder / "texts"),
+        **{"embedding": 8, "hidden": 16, "width": 16, "batch": 16, "steps": 40, "scored": 100},
+        seeds=(0, 1, 2),
+        learning_rates=(0.5, 2.0),
+        search_steps=10,
     )
     return compared_work(work, folder)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Union
 
 try:
     import tyro
@@ -18,80 +19,59 @@ except ImportError as error:  # the base install is the library alone
 
 from aftermax import CATALOGUE, __version__
 from aftermax.lab.tasks import PRESETS
-from aftermax.lab.vision_work import VisionWork
-from aftermax.lab.work import AnyWork, Work
+from aftermax.lab.work import AnyWork
 
-TEXT, VISION = PRESETS["text"], PRESETS["vision"]
 TAKES = {
     "quick": "One seed, one learning rate: some minutes on two cores.",
-    "standard": "Three seeds, the learning rate of each system searched: up to an hour or so.",
+    "standard": "Three seeds, the learning rate of each system searched: an hour or so.",
     "long": "A larger model, trained for longer: hours, or a night.",
 }
-
-TextPreset = Annotated[
-    Annotated[
-        Work, tyro.conf.subcommand("quick", default=TEXT["quick"], description=TAKES["quick"])
-    ]
-    | Annotated[
-        Work,
-        tyro.conf.subcommand("standard", default=TEXT["standard"], description=TAKES["standard"]),
-    ]
-    | Annotated[
-        Work, tyro.conf.subcommand("long", default=TEXT["long"], description=TAKES["long"])
-    ],
-    tyro.conf.arg(name=""),
-]
-VisionPreset = Annotated[
-    Annotated[
-        VisionWork,
-        tyro.conf.subcommand("quick", default=VISION["quick"], description=TAKES["quick"]),
-    ]
-    | Annotated[
-        VisionWork,
-        tyro.conf.subcommand("standard", default=VISION["standard"], description=TAKES["standard"]),
-    ]
-    | Annotated[
-        VisionWork, tyro.conf.subcommand("long", default=VISION["long"], description=TAKES["long"])
-    ],
-    tyro.conf.arg(name=""),
-]
-Task = Annotated[
-    Literal["text", "vision"],
-    tyro.conf.arg(help="What is learned; the options of a preset are those of its task."),
-]
 
 Out = Annotated[Path, tyro.conf.arg(help="Folder of the store, the data and the checkpoints.")]
 OUT = Path("aftermax-runs")
 
 
-def compare(
-    work: TextPreset, task: Task = "text", out: Out = OUT, workers: int | None = None
-) -> None:
-    """Train each system on the same work, measure it at every length, write the report.
+LEARNED = {
+    "text": "Train each system on the same text, measure it at every length",
+    "vision": "Train each system on the same images, measure it on a test split",
+    "labels": "Train each output layer to give documents their labels, measure what it ranks first",
+    "words": "Train each output layer to tell the next word, measure its first guesses",
+}
+"""What `compare` does, by task."""
+
+
+def comparison(task: str) -> Callable[..., None]:
+    """`aftermax compare` as it is for one task: its options are the fields of that task's work."""
+
+    def compare(work, task, out=OUT, workers=None) -> None:
+        _compare(work, out, workers)
+
+    presets = [
+        Annotated[  # type: ignore[valid-type]
+            type(work), tyro.conf.subcommand(name, default=work, description=TAKES[name])
+        ]
+        for name, work in PRESETS[task].items()
+    ]
+    compare.__annotations__ = {
+        "work": Annotated[Union[tuple(presets)], tyro.conf.arg(name="")],  # noqa: UP007
+        "task": Annotated[
+            Literal[tuple(PRESETS)],  # type: ignore[valid-type]
+            tyro.conf.arg(help="What is learned; the options of a preset are those of its task."),
+        ],
+        "out": Out,
+        "workers": int | None,
+    }
+    compare.__defaults__ = (task, OUT, None)
+    others = " ".join(f"`--task {name}`" for name in PRESETS if name != task)
+    compare.__doc__ = f"""{LEARNED[task]}, write the report.
 
     Run the same command again after a stop: it goes on where it was. Without a preset it is quick.
-    `aftermax compare --task vision --help` shows the same for images.
+    With --help, {others} show the options of another task.
 
     Args:
         workers: runs at the same time; by default as many as the cores hold.
     """
-    _compare(work, out, workers)
-
-
-def compare_vision(
-    work: VisionPreset, task: Task = "vision", out: Out = OUT, workers: int | None = None
-) -> None:
-    """Train each system on the same images, measure it on a test split, write the report.
-
-    Run the same command again after a stop: it goes on where it was. Without a preset it is quick.
-
-    Args:
-        workers: runs at the same time; by default as many as the cores hold.
-    """
-    _compare(work, out, workers)
-
-
-COMPARE = {"text": compare, "vision": compare_vision}
+    return compare
 
 
 def _compare(work: AnyWork, out: Path, workers: int | None) -> None:
@@ -227,7 +207,7 @@ def main() -> None:
     """The entry point: errors that a user can mend are one line, not a trace."""
     arguments = with_preset(sys.argv[1:])
     commands = {
-        "compare": COMPARE.get(asked_task(arguments), compare),
+        "compare": comparison(asked_task(arguments)),
         "report": report,
         "export": export,
         "import": import_,
@@ -260,7 +240,7 @@ def asked_task(arguments: list[str]) -> str:
         for name, _, given in [argument.partition("=")]
         if name == "--task"
     ]
-    return tasks[-1] if tasks else "text"
+    return tasks[-1] if tasks and tasks[-1] in PRESETS else "text"
 
 
 def with_preset(arguments: list[str]) -> list[str]:
@@ -270,7 +250,7 @@ def with_preset(arguments: list[str]) -> list[str]:
     ['compare', 'quick', '--task', 'vision']
     """
     command, *rest = arguments or [""]
-    named = set(rest) & {"-h", "--help", *TEXT} or not all(a.startswith("-") for a in rest[:1])
+    named = set(rest) & {"-h", "--help", *TAKES} or not all(a.startswith("-") for a in rest[:1])
     return arguments if command != "compare" or named else [command, "quick", *rest]
 
 

@@ -1,8 +1,10 @@
-"""The two small models that every system is put into: a decoder and a vision transformer."""
+"""The small models of the lab: a decoder, a vision transformer, a dual encoder."""
 
 from __future__ import annotations
 
+import math
 import zlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +69,7 @@ class DecoderLM(nn.Module):
                 work.heads,
                 weights=arm.system_of(layer, work.layers, work.lengths[-1]),
                 kv_heads=work.kv_heads,
-                positions=arm.place(work.context),
+                positions=arm.place,
                 qk_norm=arm.qk_norm,
             )
             self.blocks.append(
@@ -176,3 +178,61 @@ def image_attention(work: VisionWork, arm: Arm, layer: int) -> nn.Module:
         causal=False,
         qk_norm=arm.qk_norm,
     )
+
+
+class DualEncoder(nn.Module):
+    """Documents and labels as vectors whose products are scores: cos(f(x), g(y)) / temperature.
+
+    Args:
+        encode: texts, in whatever form it takes them, -> (B, width); any module, the same for
+            documents and labels.
+        width: of the vectors.
+        hidden: of a residual layer after it, one for documents and one for labels; 0 = none.
+        temperature: at the start; it is learned (Radford et al., arXiv 2103.00020).
+        dropout: share of the numbers of a vector that are 0 in training.
+
+    >>> words = torch.eye(5)[[[0, 1], [2, 3]]].sum(1)  # two texts as bags of five words
+    >>> model = DualEncoder(nn.Linear(5, 8), 8)
+    >>> (model.documents(words) @ model.labels(words).T).shape
+    torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        encode: nn.Module,
+        width: int,
+        *,
+        hidden: int = 0,
+        temperature: float = 0.05,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.encode = encode
+        self.of_document, self.of_label = (
+            Tower(width, hidden) if hidden else nn.Identity() for _ in range(2)
+        )
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.dropout = nn.Dropout(dropout)
+
+    def documents(self, texts: Any) -> Tensor:
+        """(B, width), of length 1 / temperature."""
+        vectors = self.of_document(self.dropout(self.encode(texts)))
+        return F.normalize(vectors, dim=-1) * self.log_scale.exp()
+
+    def labels(self, texts: Any) -> Tensor:
+        """(L, width), of length 1."""
+        return F.normalize(self.of_label(self.dropout(self.encode(texts))), dim=-1)
+
+
+class Tower(nn.Module):
+    """x' + B gelu(A x'), x' = x at length sqrt(d); B is 0 at the start."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.inner, self.to_out = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+        return x + self.to_out(F.gelu(self.inner(x)))

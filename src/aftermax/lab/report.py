@@ -10,11 +10,16 @@ from markupsafe import Markup
 from matplotlib import pyplot as plt
 from rich.console import RenderableType
 
-from aftermax.lab import plots, text_page, vision_page
+from aftermax.lab import labels_page, plots, text_page, vision_page, words_page
 from aftermax.lab.page import Page, Tables
 from aftermax.lab.results import Results
 
-PAGES: dict[str, Page] = {"text": text_page.PAGE, "vision": vision_page.PAGE}
+PAGES: dict[str, Page] = {
+    "text": text_page.PAGE,
+    "vision": vision_page.PAGE,
+    "labels": labels_page.PAGE,
+    "words": words_page.PAGE,
+}
 """By task."""
 
 

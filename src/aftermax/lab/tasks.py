@@ -9,9 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from aftermax.lab import text, vision
+from aftermax.lab import labels, text, vision, words
+from aftermax.lab.labels_work import PRESETS as LABEL_PRESETS
 from aftermax.lab.store import Row
 from aftermax.lab.vision_work import PRESETS as VISION_PRESETS
+from aftermax.lab.words_work import PRESETS as WORD_PRESETS
 from aftermax.lab.work import PRESETS as TEXT_PRESETS
 from aftermax.lab.work import AnyWork, Run
 
@@ -72,9 +74,14 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {"text": text, "vision": vision}
+TASKS: dict[str, Task] = {"text": text, "vision": vision, "labels": labels, "words": words}
 
-PRESETS: dict[str, dict[str, Any]] = {"text": TEXT_PRESETS, "vision": VISION_PRESETS}
+PRESETS: dict[str, dict[str, Any]] = {
+    "text": TEXT_PRESETS,
+    "vision": VISION_PRESETS,
+    "labels": LABEL_PRESETS,
+    "words": WORD_PRESETS,
+}
 
 
 def task_of(work: AnyWork) -> Task:

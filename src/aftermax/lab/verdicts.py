@@ -92,4 +92,54 @@ def _compared(told: tuple[float, float]) -> str:
     return f"{'lower' if mean < 0 else 'higher'} loss {numbers} than"
 
 
-VERDICTS = {"text": of_text, "vision": of_vision}
+def of_words(results: Results) -> list[str]:
+    """Each output layer against the first, at one guess and at many."""
+    arms, sentences = results.arms, []
+    for entry in arms[1:]:
+        told = [
+            (k, results.difference(f"top{k}_error", entry.name, arms[0].name, 1)) for k in (1, 50)
+        ]
+        parts = [
+            f"{_points(*difference, 'more', 'fewer')} at {k} guess{'es' if k > 1 else ''}"
+            for k, difference in told
+            if difference is not None
+        ]
+        if parts:
+            sentences.append(
+                f"{entry.title}, against {arms[0].title}, misses words: {', '.join(parts)}."
+            )
+    return sentences
+
+
+def of_labels(results: Results) -> list[str]:
+    """Each dual encoder against InfoNCE, each one-vs-all layer against softmax."""
+    sentences, arms = [], results.arms
+    for base in ("softmax", "dual/infonce"):
+        dual = base.startswith("dual/")
+        group = [entry for entry in arms if entry.name.startswith("dual/") == dual]
+        first = next((entry for entry in group if entry.name == base), None)
+        if first is None:
+            continue
+        for entry in group:
+            told = [
+                (measure, results.difference(measure, entry.name, base, 1))
+                for measure in ("P@1", "PSP@5", "R@100")
+            ]
+            parts = [
+                f"{measure} {_points(*difference, 'higher', 'lower')}"
+                for measure, difference in told
+                if difference is not None
+            ]
+            if entry.name != base and parts:
+                sentences.append(f"{entry.title}, against {first.title}: {', '.join(parts)}.")
+    return sentences
+
+
+def _points(mean: float, half: float, more: str, less: str) -> str:
+    numbers = f"({100 * mean:+.1f} ± {100 * half:.1f} points)"
+    if abs(mean) <= half:
+        return f"not told apart {numbers}"
+    return f"{more if mean > 0 else less} {numbers}"
+
+
+VERDICTS = {"text": of_text, "vision": of_vision, "labels": of_labels, "words": of_words}

@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 
 from aftermax.lab.data.labelled import SPLITS, LabelledTexts, Raw, Source, prepare
 from aftermax.lab.data.ragged import Ragged
+from aftermax.lab.data.sources import Document
 from aftermax.lab.data.vocabulary import words_of
 
 Kind = Literal["tags", "dependencies", "recommends"]
@@ -50,7 +51,7 @@ HOW_TO_FETCH = """\
     apt-get -o Dir::State::lists=$PWD/apt-lists -o Dir::Cache=$PWD/apt-cache \\
         -o Acquire::Languages=en update
 (no root is needed and the system's own lists stay as they are), then give the folder apt-lists as
-`lists` (on the command line: --lists apt-lists)"""
+`lists` (on the command line: --data apt-lists)"""
 
 PACKAGES = re.compile(
     r"(?P<release>(?:.+_)?dists_[^_]+)_(?P<component>.+)_binary-(?P<machine>[^_]+)_Packages"
@@ -148,6 +149,21 @@ def read(kind: Kind, lists: Path | None = None, *, names: bool = False) -> Sourc
     return Source(
         f"{origin} {title}: {what} of packages, {kind}", label_names, splits, texts, about=about
     )
+
+
+def has_lists(folder: Path) -> bool:
+    """Whether these are apt's."""
+    return any(folder.glob("*_Packages*"))
+
+
+def descriptions(lists: Path | None = None) -> list[Document]:
+    """Every package's description as running text.
+
+    Raises:
+        As `read`.
+    """
+    packages = _packages(find(SYSTEM_LISTS if lists is None else lists))
+    return [Document(p.name, p.text.encode()) for p in packages]
 
 
 def find(folder: Path) -> Lists:

@@ -1,0 +1,101 @@
+"""The work of the task of words, and its presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from aftermax.lab.outputs import WORD_OUTPUTS, OutputArm, find
+from aftermax.lab.work import AnyWork
+
+TOP = (1, 5, 10, 20, 50, 100)
+"""How many guesses the errors are counted at."""
+
+
+@dataclass(frozen=True)
+class WordsWork(AnyWork):
+    """What is trained and measured, the same for each output layer."""
+
+    task: ClassVar[str] = "words"
+    headline: ClassVar[str] = "top1_error"
+    final: ClassVar[str] = "top1_error"
+    clip: ClassVar[float | None] = None
+    kept_for_tuning: ClassVar[str] = "text kept for this"
+    context: ClassVar[int] = 1  # type: ignore[misc]
+    lengths: ClassVar[tuple[int, ...]] = (1,)  # type: ignore[misc]
+    multiples: ClassVar[tuple[int, ...]] = (1,)  # type: ignore[misc]
+
+    systems: tuple[str, ...] = tuple(output.name for output in WORD_OUTPUTS)
+    """Output layers. All are trained by plain SGD, as the Z-loss's paper does and the factored
+    layer must; /adamw after softmax, adaptive or hierarchical trains with AdamW instead."""
+    data: Path | None = None
+    """A text file or a folder of them; or a folder of apt's lists, by default this machine's, of
+    which the descriptions of packages are read."""
+    least: int = 2
+    """A word that is seen less often in training is unknown."""
+
+    window: int = 5
+    """Words that the next one is predicted from."""
+    embedding: int = 64
+    """Width of a word on the way in."""
+    hidden: int = 256
+    width: int = 128
+    """Of what the output layer is given: d."""
+    a: float = 0.1
+    """Sharpness of the Z-loss."""
+    b: float = 10.0
+    """Location of the Z-loss, in standard deviations of the outputs."""
+    samples: int = 1024
+    """Classes that sampled softmax draws for a batch."""
+
+    steps: int = 2000
+    batch: int = 128
+    warmup: float = 0.02
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.0
+    learning_rates: tuple[float, ...] = (2.0,)
+    """Of SGD; a thousandth of it is AdamW's. Tried for each output layer in runs of their own; one
+    rate = no search."""
+    search_steps: int = 500
+    """Length of each search run."""
+    seeds: tuple[int, ...] = (0,)
+    scored: int = 10000
+    """Held-out words that are predicted."""
+    threads: int = 1
+    """Threads of each run. Part of the work: sums depend on it in the last bit."""
+
+    def __post_init__(self):
+        self.check("least", "window", "embedding", "hidden", "width", "samples", "scored")
+        if not self.a > 0:
+            raise ValueError(f"a is above 0, got {self.a}")
+
+    def arm(self, name: str) -> OutputArm:
+        output, *traits = name.split("/")
+        entry = find(output, WORD_OUTPUTS)
+        fits = ["adamw"] if output in ("softmax", "adaptive", "hierarchical") else []
+        if traits and traits != fits:
+            told = f"may have the trait {fits[0]}" if fits else "has no traits"
+            raise ValueError(f"{name}: {output} {told}")
+        optimiser, scale = ("adamw", 1e-3) if traits else ("sgd", 1.0)
+        return OutputArm(name, entry, optimiser, scale, output)
+
+
+_QUICK = WordsWork(systems=("softmax", "adaptive", "sampled", "z-loss"))
+_STANDARD = dataclasses.replace(
+    _QUICK,
+    systems=("softmax", "softmax/adamw", *_QUICK.systems[1:], "hierarchical", "log-taylor"),
+    steps=6000,
+    learning_rates=(1.0, 2.0, 4.0),
+    search_steps=1000,
+    seeds=(0, 1, 2),
+)
+PRESETS = {
+    "quick": _QUICK,
+    "standard": _STANDARD,
+    "long": dataclasses.replace(
+        _STANDARD, hidden=512, width=256, steps=60000, search_steps=6000, seeds=(0, 1, 2)
+    ),
+}
+"""quick: some minutes on two cores. standard: an hour or two. long: a night."""
