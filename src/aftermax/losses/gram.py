@@ -121,7 +121,7 @@ class BatchGradient:
         if self.few:
             half = self.scaled @ (self.of_scale / 2 + self.of_chosen).T  # (m, m)
             _, which = self.touched
-            same = (self.chosen[:, None] @ self.own_rows[which])[:, 0]  # Y Y^T H
+            same = weighted(self.chosen, self.own_rows[which])  # Y Y^T H
             y = self.chosen.sum(1, keepdim=True)
             return (half + half.T) @ self.hidden + same - y * (self.row_sum / self.classes)
         chosen = self.of_chosen.T @ self.hidden
@@ -163,13 +163,21 @@ class BatchGradient:
         if self.few:
             system = self.inner * (-lr * self.scale.T)
             system.diagonal().add_(1)
-            after = torch.linalg.solve_ex(system, self.hidden @ inverse)[0]
+            # by columns: a quarter faster than the same by rows
+            after = torch.linalg.solve_ex(system.T, (self.hidden @ inverse).T, left=False)[0].T
             inverse.addmm_(self.scaled.T, after, alpha=lr)
             return after
         system = -lr * self.outer
         system.diagonal().add_(1)
         inverse.copy_(torch.linalg.solve_ex(system, inverse)[0])
         return self.hidden @ inverse
+
+
+def weighted(weights: Tensor, rows: Tensor) -> Tensor:
+    """sum_k weights_ik rows_ik, (m, K) and (m, K, d) -> (m, d)."""
+    if weights.shape[1] == 1:
+        return weights * rows[:, 0]
+    return (weights[:, None] @ rows)[:, 0]
 
 
 class Moments(torch.autograd.Function):
@@ -201,7 +209,7 @@ class Moments(torch.autograd.Function):
             )
         with layer._exact():
             scale = of_variance * (2 / layer.out_features)
-            picked = (of_chosen[:, None] @ rows)[:, 0]
+            picked = weighted(of_chosen, rows)
             total = of_chosen.sum(1, keepdim=True)
             gradient = BatchGradient(
                 hidden=hidden,
