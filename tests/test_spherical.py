@@ -1,4 +1,4 @@
-"""FactoredLinear is a dense layer under SGD: the same losses, gradients and weights at each step."""
+"""FactoredLinear is a dense layer under SGD: its losses, gradients and weights, step by step."""
 
 import copy
 import io
