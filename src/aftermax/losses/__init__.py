@@ -9,6 +9,12 @@ from aftermax.losses.decoupled import (
 from aftermax.losses.label_pool import cached_backward
 from aftermax.losses.linear_cross_entropy import linear_cross_entropy
 from aftermax.losses.positives import in_batch_masks, label_pool
+from aftermax.losses.sharded import (
+    gather_embeddings,
+    gather_ids,
+    global_mean,
+    sharded_decoupled_softmax_loss,
+)
 from aftermax.losses.softtopk import log_soft_topk, soft_topk, soft_topk_loss
 from aftermax.losses.spherical import FactoredLinear
 from aftermax.losses.zloss import (
@@ -34,6 +40,9 @@ __all__ = [
     "coupled_softmax_loss",
     "cross_entropy",
     "decoupled_softmax_loss",
+    "gather_embeddings",
+    "gather_ids",
+    "global_mean",
     "in_batch_masks",
     "label_pool",
     "linear_cross_entropy",
@@ -41,6 +50,7 @@ __all__ = [
     "log_spherical_softmax_loss",
     "log_taylor_softmax_loss",
     "one_vs_all_loss",
+    "sharded_decoupled_softmax_loss",
     "soft_topk",
     "soft_topk_loss",
     "squared_error_loss",

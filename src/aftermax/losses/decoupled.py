@@ -83,7 +83,7 @@ def decoupled_softmax_loss(
         rows, counts = _plain_decoupled(scores, positives, visible, sample, generator)
     else:
         found = marks.by_index(name, scores, positives, visible, sample, generator)
-        rest, picked = _RestAndPicked.apply(scores, visible, found.index, found.known)
+        rest, picked, _ = RestAndPicked.apply(scores, visible, found.index, found.known)
         rows, counts = decoupled_rows(rest, picked, found), found.chosen.any(1)
     return marks.reduced(rows, counts, reduction, scores.dtype)
 
@@ -119,7 +119,7 @@ def coupled_softmax_loss(
         rows = torch.where(has, rest - mean, 0)
     else:
         found = marks.by_index(name, scores, positives, visible, sample, generator)
-        rest, picked = _RestAndPicked.apply(scores, visible, found.index, found.others)
+        rest, picked, _ = RestAndPicked.apply(scores, visible, found.index, found.others)
         has = found.chosen.any(1)
         mean = (marks.shares(found.chosen, picked.dtype) * _safe(picked, found.chosen)).sum(1)
         rows = torch.where(has, rest - mean, 0)
@@ -158,7 +158,7 @@ def one_vs_all_loss(
         count = seen.sum(1)
     else:
         found = marks.by_index(name, scores, positives, visible, sample, generator)
-        total, picked = _SoftplusAndPicked.apply(scores, visible, found.index, found.others)
+        total, picked, _ = _SoftplusAndPicked.apply(scores, visible, found.index, found.others)
         rows = total - _safe(picked, found.chosen).sum(1)
         count = scores.shape[1] - found.others.sum(1)
         if visible is not None:
@@ -223,8 +223,8 @@ class _Picking(torch.autograd.Function):
     """A sum over all labels of a row that are seen and not `out` (B,), and the scores at `index`
     (B, K): together, since the gradients of both are one tensor.
 
-    Where `centred`, both are of scores less a number of the row, which counts as a constant: for
-    losses that do not change by it.
+    Where `centred`, both are of scores less a number of the row, which is the third result (B, 1)
+    and counts as a constant: for losses that do not change by it.
     """
 
     centred: bool
@@ -239,23 +239,24 @@ class _Picking(torch.autograd.Function):
     @classmethod
     def forward(
         cls, ctx: Any, scores: Tensor, visible: Tensor | None, index: Tensor, out: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(scores.dtype, torch.float32)
         total = scores.new_empty(len(scores), dtype=wide)
-        picked = scores.gather(1, index).to(wide)
+        picked, centre = scores.gather(1, index).to(wide), total.new_zeros((len(total), 1))
         for rows in marks.blocks(scores):
             block = scores[rows].to(wide, copy=True)
             marks.hide(block, rows, visible, index, out)
             if cls.centred:
-                centre = _centre(block)
-                block -= centre
-                picked[rows] -= centre
+                centre[rows] = _centre(block)
+                block -= centre[rows]
+                picked[rows] -= centre[rows]
             total[rows] = cls.total(block)
         ctx.save_for_backward(scores, visible, index, out, total)
-        return total, picked
+        ctx.mark_non_differentiable(centre)
+        return total, picked, centre
 
     @classmethod
-    def backward(cls, ctx: Any, of_total: Tensor, of_picked: Tensor) -> tuple:
+    def backward(cls, ctx: Any, of_total: Tensor, of_picked: Tensor, _: Tensor) -> tuple:
         scores, visible, index, out, total = ctx.saved_tensors
         if torch.is_grad_enabled():
             grad = cls._graph(scores, visible, index, out, of_total, of_picked)
@@ -292,7 +293,7 @@ class _Picking(torch.autograd.Function):
         return grad
 
 
-class _RestAndPicked(_Picking):
+class RestAndPicked(_Picking):
     centred = True
 
     @staticmethod
