@@ -10,8 +10,8 @@ from torch import Tensor
 from aftermax.kernels.ops import REDUCTIONS
 from aftermax.reference import transformed
 
-BLOCK = 2**18
-"""Scores that one block of rows may hold: 1 MiB in float32, which a core's own cache takes."""
+BLOCK = 2**20
+"""Scores that one block of rows may hold: 4 MiB in float32, which the caches still take."""
 
 
 class Positives(NamedTuple):

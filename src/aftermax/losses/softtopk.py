@@ -258,7 +258,7 @@ def threshold(block: Tensor, k: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """centre c and shift d, (R, 1) each: y_j = sigmoid(alpha (s_j - c) + d) sums to k in each row.
 
     Args:
-        block: (R, n) float32 or float64, -inf where hidden.
+        block: (R, n) float32 or float64, -inf where hidden; it may be written over.
         k: (R,), above 0. In rows with no more than k finite scores the shift is the largest float:
             all of them become 1.
     """
@@ -304,11 +304,16 @@ def _solved(
     low, high = low.clamp(-big, big), high.clamp(-big, big)
     guess = torch.minimum(k.log() - of_rest, (of_top - of_rest) / 2)
     shift = torch.where(guess.isfinite(), guess, (low + high) / 2).clamp(min=low, max=high)
+    best_of_rest, best_of_top = (x.amax(1, keepdim=True) for x in (rest, top))
     scratch = torch.empty_like(rest), torch.empty_like(top)
     eps = torch.finfo(rest.dtype).eps
     for _ in range(most_steps):
-        left, left_slope = _side(rest, shift, of_rest + shift, spare, scratch[0])
-        right, right_slope = _side(top, -shift, of_top - shift, short, scratch[1])
+        left, left_slope = _side(
+            rest, shift, best_of_rest + shift, of_rest + shift, spare, scratch[0]
+        )
+        right, right_slope = _side(
+            top, -shift, best_of_top - shift, of_top - shift, short, scratch[1]
+        )
         off = left - right
         low, high = torch.where(off < 0, shift, low), torch.where(off > 0, shift, high)
         new = shift - off / (left_slope + right_slope)
@@ -325,16 +330,23 @@ def _solved(
 
 
 def _side(
-    x: Tensor, shift: Tensor, logarithm: Tensor, extra: Tensor, scratch: Tensor
+    x: Tensor, shift: Tensor, largest: Tensor, logarithm: Tensor, extra: Tensor, scratch: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """log(sum sigmoid(x + shift) + extra) and its slope; `logarithm` is that of sum e^(x + shift),
-    which it is where the sigmoids are too small for floats."""
-    y = torch.add(x, shift, out=scratch).sigmoid_()
+    """log(sum sigmoid(x + shift) + extra) and its slope.
+
+    Where the `largest` of x + shift lies so low that every sigmoid is e^(x + shift) to rounding,
+    the `logarithm` of their sum takes its place. Elsewhere what lies lower still adds nothing, and
+    is kept from becoming numbers that processors are slow with.
+    """
+    low = math.log(torch.finfo(x.dtype).eps)
+    far = (largest <= low) & (extra == 0)
+    if bool(far.all()):
+        return logarithm, torch.ones_like(logarithm)
+    y = torch.add(x, shift, out=scratch).clamp_min_(2.5 * low).sigmoid_()
     total = y.sum(1, keepdim=True)
     slope = total - y.square_().sum(1, keepdim=True)
-    lost = (total < torch.finfo(x.dtype).tiny * 1e6) & (extra == 0)
-    whole = torch.where(lost, 1, total + extra)
-    return torch.where(lost, logarithm, whole.log()), torch.where(lost, 1, slope / whole)
+    whole = total.add_(extra)
+    return torch.where(far, logarithm, whole.log()), (slope / whole).masked_fill_(far, 1)
 
 
 def _few(block: Tensor, k: Tensor, alpha: float, most: int) -> Split:
@@ -345,7 +357,7 @@ def _few(block: Tensor, k: Tensor, alpha: float, most: int) -> Split:
     inside = torch.arange(values.shape[1], device=block.device) < taken
     centre = values.gather(1, taken.long() - 1)
     top = (values - centre).mul_(-alpha).masked_fill_(~inside, -torch.inf)
-    rest = block.scatter(1, indices, values.masked_fill(inside, -torch.inf))
+    rest = block.scatter_(1, indices, values.masked_fill(inside, -torch.inf))
     rest.sub_(centre).mul_(alpha)
     second = rest.amax(1, keepdim=True)
     low = torch.logit(k / labels) + top[:, :1]
@@ -426,9 +438,15 @@ def _traced(x: Tensor, seen: Tensor, k: Tensor, alpha: float) -> Tensor:
 # ---- derivatives -------------------------------------------------------------------------------
 
 
-def _hidden(scores: Tensor, rows: slice, visible: Tensor | None, *out: Tensor) -> Tensor:
-    """A block in float32 at least, -inf where it is hidden."""
-    block = scores[rows].to(torch.promote_types(scores.dtype, torch.float32), copy=True)
+def _hidden(
+    scores: Tensor, rows: slice, visible: Tensor | None, *out: Tensor, into: Tensor | None = None
+) -> Tensor:
+    """A block in float32 at least, -inf where it is hidden; in the memory of `into` if that is."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    if into is None or into.dtype != wide:
+        block = scores[rows].to(wide, copy=True)
+    else:
+        block = into.copy_(scores[rows])
     index = out if out else (torch.empty((len(scores), 0)),) * 2
     marks.hide(block, rows, visible, *index)
     return block
@@ -442,7 +460,7 @@ def _inner(block: Tensor, centre: Tensor, shift: Tensor, alpha: float) -> Tensor
 def _slopes(z: Tensor) -> Tensor:
     """v = y (1 - y), without loss where y is nearly 1."""
     small = z.abs().neg_().sigmoid_()
-    return small.sub_(small.square())
+    return small.mul_(1 - small)
 
 
 def _portions(z: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -474,8 +492,11 @@ class _SoftTopK(torch.autograd.Function):
         for rows in marks.blocks(scores):
             block = _hidden(scores, rows, visible)
             centre[rows], shift[rows] = threshold(block, k[rows], alpha)
-            z = _inner(block, centre[rows], shift[rows], alpha)
-            out[rows] = F.logsigmoid(z) if log else z.sigmoid_()
+            z = _hidden(scores, rows, visible, into=out[rows])
+            y = _inner(z, centre[rows], shift[rows], alpha)
+            y = F.logsigmoid(y) if log else y.sigmoid_()
+            if log or z.dtype != out.dtype:
+                out[rows] = y
         ctx.save_for_backward(scores, k, visible, centre, shift)
         ctx.alpha, ctx.log = alpha, log
         return out
