@@ -100,13 +100,15 @@ def test_a_sentence_encoder_is_asked_once_and_stays_as_it_is(work, tmp_path, mon
     monkeypatch.setattr(
         encoders, "_sentence_transformer", lambda name: asked.append(name) or Sentences()
     )
-    work = dataclasses.replace(work, encoder="some/model")
-    held = labels.prepare(work, tmp_path)
-    assert labels.prepare(work, tmp_path).digest == held.digest
-    assert asked == ["some/model"]
-    for system in ("bce", "dual/decoupled"):
-        model = trained(run_of(work, held, system), held)
-        assert labels.ranked(model, held, "test")["P@1"] > 0.9
+    for encoder in ("some/model", "bag+some/model"):
+        work = dataclasses.replace(work, encoder=encoder)
+        held = labels.prepare(work, tmp_path)
+        assert labels.prepare(work, tmp_path).digest == held.digest
+        assert asked == ["some/model"]
+        for system in ("bce", "dual/decoupled"):
+            model = trained(run_of(work, held, system), held)
+            assert labels.ranked(model, held, "test")["P@1"] > 0.9
+            assert "what some/model makes of the text" in work.told
 
 
 def test_what_is_no_encoder_is_told(work, tmp_path):

@@ -1,7 +1,7 @@
 """Texts -> vectors: a weighted bag of words, a small transformer, or a sentence encoder of others.
 
 A reader makes from a prepared set what its encoder takes, so that each encoder reads texts in a
-form of its own: `documents(split, rows)` and `labels()`.
+form of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from aftermax.lab.data.ragged import Ragged
 from aftermax.lab.models import Branch, SwiGLU
 from aftermax.modules import Attention
 
+if TYPE_CHECKING:
+    from aftermax.lab.labels_work import LabelsWork
+
 
 class Reader(Protocol):
     """The texts of a set in the form that one encoder takes."""
@@ -29,6 +32,20 @@ class Reader(Protocol):
     def labels(self, rows: Tensor | None = None) -> Any:
         """Of all labels, or of some."""
         ...
+
+    def encoder(self, work: LabelsWork) -> nn.Module:
+        """What it makes -> (B, width), before the first step."""
+        ...
+
+
+def reader(work: LabelsWork, held: LabelledTexts) -> Reader:
+    """As `work.encoder` says."""
+    if work.encoder == "transformer":
+        return TokenReader(held, work.words)
+    if work.sentences is None:
+        return BagReader(held)
+    vectors = VectorReader(held, work.sentences)
+    return vectors if work.encoder == work.sentences else BothReader(BagReader(held), vectors)
 
 
 class Bag(NamedTuple):
@@ -43,6 +60,7 @@ class BagReader:
     """TF-IDF, rows of length one; or the values that the set came with."""
 
     def __init__(self, held: LabelledTexts):
+        self.vocabulary = held.vocabulary
         self.splits = {
             split: held.features(documents.tokens, documents.weights)
             for split, documents in held.splits.items()
@@ -56,6 +74,9 @@ class BagReader:
     def labels(self, rows: Tensor | None = None) -> Bag:
         words, weights = _given(self.of_labels)
         return _bag(words, weights, torch.arange(words.size) if rows is None else rows)
+
+    def encoder(self, work: LabelsWork) -> BagEncoder:
+        return BagEncoder(self.vocabulary, work.width, work.word_dropout)
 
 
 def _bag(words: Ragged, weights: Tensor, rows: Tensor) -> Bag:
@@ -97,6 +118,11 @@ class TokenReader:
 
     def labels(self, rows: Tensor | None = None) -> Tensor:
         return _given(self.held.label_tokens).padded(rows, longest=self.context)
+
+    def encoder(self, work: LabelsWork) -> TransformerEncoder:
+        return TransformerEncoder(
+            self.held.vocabulary, work.width, work.layers, work.heads, work.word_dropout
+        )
 
 
 class TransformerEncoder(nn.Module):
@@ -145,6 +171,36 @@ class VectorReader:
     def labels(self, rows: Tensor | None = None) -> Tensor:
         vectors = _given(self.vectors.get("labels"))
         return vectors if rows is None else vectors[rows]
+
+    def encoder(self, work: LabelsWork) -> nn.Linear:
+        return nn.Linear(self.width, work.width)
+
+
+class BothReader:
+    """The words of a text, and what a sentence encoder makes of it."""
+
+    def __init__(self, words: BagReader, sentences: VectorReader):
+        self.words, self.sentences = words, sentences
+
+    def documents(self, split: str, rows: Tensor) -> tuple[Bag, Tensor]:
+        return self.words.documents(split, rows), self.sentences.documents(split, rows)
+
+    def labels(self, rows: Tensor | None = None) -> tuple[Bag, Tensor]:
+        return self.words.labels(rows), self.sentences.labels(rows)
+
+    def encoder(self, work: LabelsWork) -> SumEncoder:
+        return SumEncoder(self.words.encoder(work), self.sentences.encoder(work))
+
+
+class SumEncoder(nn.Module):
+    """The sum of what two encoders make of the two forms of a text."""
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, texts: tuple[Any, Any]) -> Tensor:
+        return self.first(texts[0]) + self.second(texts[1])
 
 
 def encode_once(held: LabelledTexts, encoder: str) -> None:

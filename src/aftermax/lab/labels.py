@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,8 @@ MEMORY_BATCHES = 4
 
 def prepare(work: LabelsWork, out: Path) -> LabelledTexts:
     held = prepare_texts(source(work), out, least=work.least)
-    if work.encoder not in ("bag", "transformer"):
-        encoders.encode_once(held, work.encoder)
+    if work.sentences is not None:
+        encoders.encode_once(held, work.sentences)
     return held
 
 
@@ -66,15 +66,17 @@ class LabelModel(nn.Module):
 
     def __init__(self, work: LabelsWork, output: str, held: LabelledTexts):
         super().__init__()
-        self.reader, encode = reader_and_encoder(work, held)
+        dual = output.startswith("dual/")
+        self.reader = encoders.reader(work, held)
         self.towers = DualEncoder(
-            encode,
+            self.reader.encoder(work),
             work.width,
+            encode_labels=self.reader.encoder(work) if dual and work.separate else None,
             hidden=work.hidden,
             temperature=work.temperature,
             dropout=work.dropout,
         )
-        if not output.startswith("dual/"):
+        if not dual:
             self.towers.of_label = nn.Identity()  # no label is read
         self.head = heads.of_labels(
             output,
@@ -87,19 +89,6 @@ class LabelModel(nn.Module):
     def hidden(self, split: str, rows: Tensor) -> Tensor:
         """(B, width), of the documents in these rows."""
         return self.towers.documents(self.reader.documents(split, rows))
-
-
-def reader_and_encoder(work: LabelsWork, held: LabelledTexts) -> tuple[Any, nn.Module]:
-    if work.encoder == "bag":
-        encoder = encoders.BagEncoder(held.vocabulary, work.width, work.word_dropout)
-        return encoders.BagReader(held), encoder
-    if work.encoder == "transformer":
-        encoder = encoders.TransformerEncoder(
-            held.vocabulary, work.width, work.layers, work.heads, work.word_dropout
-        )
-        return encoders.TokenReader(held, work.words), encoder
-    reader = encoders.VectorReader(held, work.encoder)
-    return reader, nn.Linear(reader.width, work.width)
 
 
 def model(run: Run[LabelsWork], held: LabelledTexts) -> LabelModel:

@@ -38,9 +38,12 @@ class LabelsWork(AnyWork):
     """Labels that fewer documents of the training split have are left out."""
 
     encoder: str = "bag"
-    """bag (embeddings of the words, weighted by TF-IDF), transformer (from scratch), or the name or
-    the folder of a model of sentence-transformers on this disk, which stays as it is."""
+    """bag (embeddings of the words, weighted by TF-IDF), transformer (from scratch), the name or
+    the folder of a model of sentence-transformers on this disk, which stays as it is, or bag+
+    before such a name: the sum of both."""
     width: int = 256
+    separate: bool = False
+    """An encoder for documents and one for labels, rather than one for both."""
     hidden: int = 0
     """Of a residual layer after the encoder, one for documents and one for labels; 0 = none."""
     layers: int = 2
@@ -104,13 +107,25 @@ class LabelsWork(AnyWork):
         return OutputArm(name, find(name, LABEL_OUTPUTS), settings=name)
 
     @property
+    def sentences(self) -> str | None:
+        """The model of sentence-transformers that texts are read by, if any."""
+        name = self.encoder.removeprefix("bag+")
+        return None if name in ("bag", "transformer") else name
+
+    @property
     def told(self) -> str:
         """The encoder in words."""
-        encoder = {
-            "bag": "embeddings of the words, weighted by TF-IDF",
-            "transformer": f"a transformer of {self.layers} layers and {self.heads} heads over the "
-            f"first {self.words} words",
-        }.get(self.encoder, f"{self.encoder}, as it is, and a linear map")
+        bag = "embeddings of the words, weighted by TF-IDF"
+        sentences = f"a linear map of what {self.sentences} makes of the text"
+        if self.encoder == "transformer":
+            encoder = (
+                f"a transformer of {self.layers} layers and {self.heads} heads over the first "
+                f"{self.words} words"
+            )
+        elif self.sentences is None:
+            encoder = bag
+        else:
+            encoder = sentences if self.encoder == self.sentences else f"{bag}, and {sentences}"
         tower = f", a residual layer of {self.hidden} for each side" if self.hidden else ""
         return (
             f"{encoder}{tower}, width {self.width}; word dropout {self.word_dropout:g}, dropout "

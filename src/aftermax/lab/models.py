@@ -184,8 +184,8 @@ class DualEncoder(nn.Module):
     """Documents and labels as vectors whose products are scores: cos(f(x), g(y)) / temperature.
 
     Args:
-        encode: texts, in whatever form it takes them, -> (B, width); any module, the same for
-            documents and labels.
+        encode: texts, in whatever form it takes them, -> (B, width); any module.
+        encode_labels: the same for labels; None = one encoder for both.
         width: of the vectors.
         hidden: of a residual layer after it, one for documents and one for labels; 0 = none.
         temperature: at the start; it is learned (Radford et al., arXiv 2103.00020).
@@ -202,12 +202,14 @@ class DualEncoder(nn.Module):
         encode: nn.Module,
         width: int,
         *,
+        encode_labels: nn.Module | None = None,
         hidden: int = 0,
         temperature: float = 0.05,
         dropout: float = 0.0,
     ):
         super().__init__()
         self.encode = encode
+        self.encode_labels = encode_labels
         self.of_document, self.of_label = (
             Tower(width, hidden) if hidden else nn.Identity() for _ in range(2)
         )
@@ -221,7 +223,8 @@ class DualEncoder(nn.Module):
 
     def labels(self, texts: Any) -> Tensor:
         """(L, width), of length 1."""
-        return F.normalize(self.of_label(self.dropout(self.encode(texts))), dim=-1)
+        encode = self.encode if self.encode_labels is None else self.encode_labels
+        return F.normalize(self.of_label(self.dropout(encode(texts))), dim=-1)
 
 
 class Tower(nn.Module):
