@@ -13,6 +13,7 @@ from aftermax.lab.tasks import work_of
 from aftermax.lab.train import batch, build, load, make_optimiser, save, train, train_step
 from aftermax.lab.words_work import PRESETS, TOP, WordsWork
 from aftermax.lab.work import Run
+from aftermax.losses import ZScoreLoss
 
 from .lab_work import open_store, write_texts
 
@@ -117,6 +118,12 @@ def test_adamw_has_a_thousandth_of_the_rate_and_dense_gradients(work, held):
     assert plain.embed.weight.grad.is_sparse
 
 
+def test_a_name_may_have_the_numbers_of_the_loss(work, held):
+    model, _ = build(run_of(work, held, "z-loss/0.3/8"), held)
+    assert model.head.layer.loss == ZScoreLoss(0.3, 8.0)
+    assert work.arm("z-loss/0.3/8").title == "Z-loss (factored) · a = 0.3, b = 8"
+
+
 def test_the_factored_layer_steps_with_the_optimiser(work, held):
     run = run_of(work, held, "z-loss")
     model, optimiser = build(run, held)
@@ -156,8 +163,10 @@ def test_the_loop_writes_what_the_report_reads(work, held, tmp_path):
     ("changes", "said"),
     [
         ({"systems": ("rela",)}, "no output 'rela'; there are softmax, adaptive"),
-        ({"systems": ("z-loss/adamw",)}, "z-loss/adamw: z-loss has no traits"),
-        ({"systems": ("softmax/sgd",)}, "softmax/sgd: softmax may have the trait adamw"),
+        ({"systems": ("z-loss/adamw",)}, "z-loss/adamw: softmax, adaptive and hierarchical may"),
+        ({"systems": ("softmax/sgd",)}, "softmax/sgd: softmax, adaptive and hierarchical may"),
+        ({"systems": ("z-loss/x/1",)}, "z-loss/x/1: a and b are numbers, as in z-loss/0.1/30"),
+        ({"systems": ("z-loss/0/1",)}, "z-loss/0/1: a is above 0"),
         ({"a": 0.0}, "a is above 0, got 0.0"),
         ({"window": 0}, "window must be at least 1, got 0"),
     ],

@@ -32,6 +32,7 @@ from aftermax.losses import (
 
 if TYPE_CHECKING:
     from aftermax.lab.labels_work import LabelsWork
+    from aftermax.lab.outputs import OutputArm
     from aftermax.lab.words_work import WordsWork
 
 
@@ -253,18 +254,19 @@ def parameters(model: nn.Module) -> int:
     return own + sum((m.in_features + m.has_bias) * m.out_features for m in factored)
 
 
-def of_words(output: str, work: WordsWork, counts: Tensor, sparse: bool) -> Head:
-    """The output layer of that name for words with these counts."""
+def of_words(arm: OutputArm, work: WordsWork, counts: Tensor, sparse: bool) -> Head:
+    """The output layer of an arm for words with these counts."""
     width, classes = work.width, len(counts)
+    a, b = arm.values or (work.a, work.b)
     made: dict[str, Callable[[], Head]] = {
         "softmax": lambda: Softmax(width, classes),
         "adaptive": lambda: Adaptive(width, counts),
         "hierarchical": lambda: Hierarchical(width, counts, sparse),
         "sampled": lambda: Sampled(width, counts, work.samples, sparse),
-        "z-loss": lambda: Factored(width, classes, ZScoreLoss(work.a, work.b)),
+        "z-loss": lambda: Factored(width, classes, ZScoreLoss(a, b)),
         "log-taylor": lambda: Factored(width, classes, LogTaylorLoss()),
     }
-    return made[output]()
+    return made[arm.entry.name]()
 
 
 def of_labels(

@@ -104,7 +104,7 @@ class LabelsWork(AnyWork):
             raise ValueError(f"hidden is 0 or more, got {self.hidden}")
 
     def arm(self, name: str) -> OutputArm:
-        return OutputArm(name, find(name, LABEL_OUTPUTS), settings=name)
+        return OutputArm(name, find(name, LABEL_OUTPUTS))
 
     @property
     def sentences(self) -> str | None:

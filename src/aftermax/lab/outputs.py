@@ -27,17 +27,19 @@ class OutputArm:
     entry: Output
     optimiser: Literal["adamw", "sgd"] = "adamw"
     rate_scale: float = 1.0
-    settings: str = ""
-    """What of the work's code decides its numbers."""
+    values: tuple[float, ...] = ()
+    """Of the loss, where the name gives them."""
 
     @property
     def title(self) -> str:
+        if self.values:
+            return f"{self.entry.title} · a = {self.values[0]:g}, b = {self.values[1]:g}"
         traits = self.name.removeprefix(self.entry.name).strip("/")
         return self.entry.title + (f" · {traits}" if traits else "")
 
     @property
     def identity(self) -> dict[str, str]:
-        return {"arm": self.settings}
+        return {"arm": self.entry.name}
 
 
 def find(name: str, outputs: tuple[Output, ...]) -> Output:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from aftermax.lab import heads
 from aftermax.lab.data.words import Words
 from aftermax.lab.data.words import prepare as prepare_words
+from aftermax.lab.outputs import OutputArm
 from aftermax.lab.store import Row
 from aftermax.lab.words_work import TOP, WordsWork
 from aftermax.lab.work import Run
@@ -49,11 +50,11 @@ def told(about: dict) -> str:
 
 
 class NextWord(nn.Module):
-    """Two layers of ReLU over the embedded window, then the output layer."""
+    """A layer of ReLU over the embedded window, a linear one, a norm, the output layer."""
 
-    def __init__(self, work: WordsWork, output: str, words: Words, optimiser: str):
+    def __init__(self, work: WordsWork, arm: OutputArm, words: Words):
         super().__init__()
-        sparse = optimiser == "sgd"
+        sparse = arm.optimiser == "sgd"
         classes = len(words.vocabulary)
         self.embed = nn.Embedding(classes, work.embedding, sparse=sparse)
         nn.init.normal_(self.embed.weight, std=0.1)
@@ -61,9 +62,9 @@ class NextWord(nn.Module):
             nn.Linear(work.window * work.embedding, work.hidden),
             nn.ReLU(),
             nn.Linear(work.hidden, work.width),
-            nn.ReLU(),
+            nn.RMSNorm(work.width),  # without it plain SGD soon leaves nothing above ReLU's 0
         )
-        self.head = heads.of_words(output, work, words.counts, sparse)
+        self.head = heads.of_words(arm, work, words.counts, sparse)
 
     def forward(self, windows: Tensor) -> Tensor:
         """(B, window) words -> (B, width)."""
@@ -71,7 +72,7 @@ class NextWord(nn.Module):
 
 
 def model(run: Run[WordsWork], words: Words) -> NextWord:
-    return NextWord(run.work, run.arm.entry.name, words, run.arm.optimiser)
+    return NextWord(run.work, run.arm, words)
 
 
 def batch(run: Run[WordsWork], words: Words, generator: torch.Generator) -> Tensor:

@@ -74,8 +74,8 @@ def settings(results: Results) -> dict[str, str]:
     return {
         "command": said["command"],
         "text": f"{told(results.data).removeprefix('words: ')}, digest {results.data['digest']}",
-        "model": f"{work.window} words of {work.embedding}, two layers of ReLU ({work.hidden}, "
-        f"{work.width}), the output layer",
+        "model": f"{work.window} words of {work.embedding}, a layer of ReLU ({work.hidden}), a "
+        f"linear one ({work.width}), RMSNorm, the output layer",
         "output layers": f"Z-loss with a = {work.a:g}, b = {work.b:g}; {work.samples} draws for a "
         "batch of sampled softmax",
         "training": f"{work.steps} steps of {work.batch} words; plain SGD, or AdamW at a "

@@ -29,7 +29,8 @@ class WordsWork(AnyWork):
 
     systems: tuple[str, ...] = tuple(output.name for output in WORD_OUTPUTS)
     """Output layers. All are trained by plain SGD, as the Z-loss's paper does and the factored
-    layer must; /adamw after softmax, adaptive or hierarchical trains with AdamW instead."""
+    layer must; /adamw after softmax, adaptive or hierarchical trains with AdamW instead. z-loss/1/5
+    has a = 1 and b = 5."""
     data: Path | None = None
     """A text file or a folder of them; or a folder of apt's lists, by default this machine's, of
     which the descriptions of packages are read."""
@@ -47,6 +48,8 @@ class WordsWork(AnyWork):
     """Sharpness of the Z-loss."""
     b: float = 10.0
     """Location of the Z-loss, in standard deviations of the outputs."""
+    factored_rate: float = 1.0
+    """The rate of a factored layer's own steps, over that of the rest."""
     samples: int = 1024
     """Classes that sampled softmax draws for a batch."""
 
@@ -68,26 +71,51 @@ class WordsWork(AnyWork):
 
     def __post_init__(self):
         self.check("least", "window", "embedding", "hidden", "width", "samples", "scored")
-        if not self.a > 0:
-            raise ValueError(f"a is above 0, got {self.a}")
+        for name in ("a", "factored_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is above 0, got {getattr(self, name)}")
 
     def arm(self, name: str) -> OutputArm:
         output, *traits = name.split("/")
         entry = find(output, WORD_OUTPUTS)
-        fits = ["adamw"] if output in ("softmax", "adaptive", "hierarchical") else []
-        if traits and traits != fits:
-            told = f"may have the trait {fits[0]}" if fits else "has no traits"
-            raise ValueError(f"{name}: {output} {told}")
-        optimiser, scale = ("adamw", 1e-3) if traits else ("sgd", 1.0)
-        return OutputArm(name, entry, optimiser, scale, output)
+        if output == "z-loss" and len(traits) == 2:
+            return OutputArm(name, entry, "sgd", values=_positive(name, traits))
+        if traits == ["adamw"] and output in ("softmax", "adaptive", "hierarchical"):
+            return OutputArm(name, entry, "adamw", 1e-3)
+        if traits:
+            raise ValueError(
+                f"{name}: softmax, adaptive and hierarchical may have the trait adamw, z-loss two "
+                "numbers, as in z-loss/0.1/30 for a and b"
+            )
+        return OutputArm(name, entry, "sgd")
+
+
+def _positive(name: str, traits: list[str]) -> tuple[float, ...]:
+    try:
+        a, b = map(float, traits)
+    except ValueError:
+        raise ValueError(f"{name}: a and b are numbers, as in z-loss/0.1/30") from None
+    if not a > 0:
+        raise ValueError(f"{name}: a is above 0")
+    return a, b
 
 
 _QUICK = WordsWork(systems=("softmax", "adaptive", "sampled", "z-loss"))
 _STANDARD = dataclasses.replace(
     _QUICK,
-    systems=("softmax", "softmax/adamw", *_QUICK.systems[1:], "hierarchical", "log-taylor"),
+    systems=(
+        "softmax",
+        "softmax/adamw",
+        "adaptive",
+        "hierarchical",
+        "sampled",
+        "z-loss",
+        "z-loss/0.1/30",
+        "z-loss/1/5",
+        "log-taylor",
+    ),
     steps=6000,
-    learning_rates=(1.0, 2.0, 4.0),
+    learning_rates=(0.5, 1.0, 2.0),
     search_steps=1000,
     seeds=(0, 1, 2),
 )
