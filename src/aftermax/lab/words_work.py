@@ -48,8 +48,9 @@ class WordsWork(AnyWork):
     """Sharpness of the Z-loss."""
     b: float = 10.0
     """Location of the Z-loss, in standard deviations of the outputs."""
-    factored_rate: float = 1.0
-    """The rate of a factored layer's own steps, over that of the rest."""
+    factored_rate: float = 10.0
+    """The rate of a factored layer's own steps, over that of the rest: the gradient of its loss is
+    spread over all classes, and small."""
     samples: int = 1024
     """Classes that sampled softmax draws for a batch."""
 
@@ -114,9 +115,9 @@ _STANDARD = dataclasses.replace(
         "z-loss/1/5",
         "log-taylor",
     ),
-    steps=6000,
+    steps=3000,
     learning_rates=(0.5, 1.0, 2.0),
-    search_steps=1000,
+    search_steps=500,
     seeds=(0, 1, 2),
 )
 PRESETS = {
