@@ -264,9 +264,7 @@ def _loss_ways() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 def _peak_of_loss(name: str) -> float:
     scores, positives = _loss_inputs()
     way = _loss_ways()[name]
-    before = _high_water()
-    torch.autograd.grad(way(scores, positives), scores)
-    return _high_water() - before
+    return _peak(lambda: torch.autograd.grad(way(scores, positives), scores))
 
 
 # ---- gradient caching --------------------------------------------------------------------------
@@ -310,15 +308,20 @@ def _step(name: str) -> None:
 
 
 def _peak_of_step(name: str) -> float:
-    before = _high_water()
-    _step(name)
-    return _high_water() - before
+    return _peak(lambda: _step(name))
 
 
-def _high_water() -> float:
-    """MiB that this process has held at most."""
+def _peak(call: Callable[[], object]) -> float:
+    """MiB that this process holds at most during a call, beyond what it held before."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return int(status.split(f"{name}:")[1].split()[0]) / 1024
 
 
 def _apart(call: Callable[[str], float], name: str) -> float:

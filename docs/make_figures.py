@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kernel_results
+import labels_results
 import linear_results
 import matplotlib
 import studies
@@ -45,6 +46,7 @@ PAGES = (
     DOCS / "attention_kernels.md",
     DOCS / "linear.md",
     DOCS / "images.md",
+    DOCS / "labels.md",
 )
 
 
@@ -111,6 +113,10 @@ def of_linear(block: Callable[[], str]) -> Callable[[Results], str]:
     return lambda _: block() if linear_results.LINEAR.exists() else "Not measured yet."
 
 
+def of_labels(block: Callable[[], str]) -> Callable[[Results], str]:
+    return lambda _: block() if labels_results.SOFT_TOPK.exists() else "Not measured yet."
+
+
 def of_images(block: Callable[[Results], str]) -> Callable[[Results], str]:
     return lambda _: block(Results.of_parquet(IMAGES)) if IMAGES.exists() else "Not measured yet."
 
@@ -132,6 +138,11 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "linear-crossing": of_linear(linear_results.linear_crossing),
     "linear-decode": of_linear(linear_results.linear_decode),
     "linear-machine": of_linear(lambda: kernel_results.machine(linear_results.LINEAR)),
+    "soft-topk-operators": of_labels(labels_results.soft_topk_operators),
+    "soft-topk-lengths": of_labels(labels_results.soft_topk_lengths),
+    "soft-topk-machine": of_labels(lambda: kernel_results.machine(labels_results.SOFT_TOPK)),
+    "label-losses": of_labels(labels_results.label_losses),
+    "label-cache": of_labels(labels_results.label_cache),
     "injectivity": lambda _: studies.injectivity_table(),
     "mqar": lambda _: studies.mqar_page(),
     "row-targets": lambda _: kernel_results.row_targets(("avx512",)),
