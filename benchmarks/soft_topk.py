@@ -37,7 +37,7 @@ from rich.table import Table
 from torch import Tensor
 
 from aftermax import cached_backward, decoupled_softmax_loss, soft_topk, soft_topk_loss
-from aftermax.losses import softtopk
+from aftermax.losses import threshold
 
 SECTIONS = ("operators", "lengths", "losses", "cache")
 SCORES = {"smooth": 1.0, "peaked": 10.0}
@@ -193,17 +193,17 @@ def lengths(record: Record, console: Console, rounds: int) -> None:
 
 def _passes(call: Callable[[], object]) -> int:
     """Sums over the row that the search for the threshold takes."""
-    counted, side = [0], softtopk._side
+    counted, side = [0], threshold._side
 
     def counting(*inputs: Any) -> Any:
         counted[0] += 1
         return side(*inputs)
 
-    softtopk._side = counting
+    threshold._side = counting
     try:
         call()
     finally:
-        softtopk._side = side
+        threshold._side = side
     return counted[0] // 2
 
 

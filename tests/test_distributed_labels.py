@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.testing import assert_close
 
-from aftermax import cached_backward, decoupled_softmax_loss, in_batch_masks
+from aftermax import cached_backward, decoupled_softmax_loss, in_batch_masks, soft_topk_loss
 from aftermax.losses import sharded
 
 from .native import F32, F64, INF, NAN
@@ -103,6 +103,33 @@ def by_shards(rank, dtype):
                     decoupled_softmax_loss, batch, shard, dtype, reduction=sum_or_mean
                 )
                 check((total, summed((f, g))), exact)
+
+
+def soft_topk_by_shards(rank, dtype):
+    batch = BATCHES[0]
+    for shard in SHARDS[:2]:
+        for k in (1, 10.5, 40, "positives"):
+            for scale in (1, 300):
+                queries, labels, positives, visible = work(batch, shard, dtype)
+                whole = (scale * queries @ labels.T).requires_grad_()
+                right = soft_topk_loss(whole, positives, k=k, visible=visible)
+                right.backward()
+                mine = part(whole.detach(), shard, rank, 1).clone().requires_grad_()
+                loss = sharded.sharded_soft_topk_loss(
+                    mine,
+                    part(positives, shard, rank, 1),
+                    k=k,
+                    visible=part(visible, shard, rank, 1),
+                )
+                loss.backward()
+                total = loss.detach().clone()
+                dist.all_reduce(total)
+                bound = {"rtol": 1e-11 if dtype == F64 else 2e-5, "atol": 1e-12}
+                assert_close(total, right.detach(), **bound)
+                bound["atol"] = 1e-11 if dtype == F64 else 2e-6
+                assert_close(mine.grad, part(whole.grad, shard, rank, 1), **bound)
+    with pytest.raises(ValueError, match="up to 256"):
+        sharded.sharded_soft_topk_loss(mine, part(positives, shard, rank, 1), k=257)
 
 
 def by_shards_and_cached(rank, dtype):
@@ -209,6 +236,7 @@ def check(got, exact):
 RUNS = (
     gathered,
     by_shards,
+    soft_topk_by_shards,
     by_shards_and_cached,
     under_ddp,
     in_batch,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from aftermax import log_soft_topk, soft_topk, soft_topk_loss
-from aftermax.losses import softtopk
+from aftermax.losses import threshold
 
 from . import label_cases
 from .label_cases import cases, columns, sets, sigmoid
@@ -181,13 +181,13 @@ def test_empty_shapes():
 
 
 def test_few_steps(monkeypatch):
-    count, side = [0], softtopk._side
+    count, side = [0], threshold._side
 
     def counted(*inputs):
         count[0] += 1
         return side(*inputs)
 
-    monkeypatch.setattr(softtopk, "_side", counted)
+    monkeypatch.setattr(threshold, "_side", counted)
     for scale in (0.1, 1, 4, 20, 1000):
         for k in (1, 5, 100, 1000):
             count[0] = 0

@@ -14,6 +14,7 @@ from aftermax.losses.sharded import (
     gather_ids,
     global_mean,
     sharded_decoupled_softmax_loss,
+    sharded_soft_topk_loss,
 )
 from aftermax.losses.softtopk import log_soft_topk, soft_topk, soft_topk_loss
 from aftermax.losses.spherical import FactoredLinear
@@ -51,6 +52,7 @@ __all__ = [
     "log_taylor_softmax_loss",
     "one_vs_all_loss",
     "sharded_decoupled_softmax_loss",
+    "sharded_soft_topk_loss",
     "soft_topk",
     "soft_topk_loss",
     "squared_error_loss",

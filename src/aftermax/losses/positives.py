@@ -220,7 +220,10 @@ def hide(block: Tensor, rows: slice, visible: Tensor | None, index: Tensor, out:
 
 def blocks(scores: Tensor) -> list[slice]:
     """Rows in blocks of at most BLOCK scores, one row at least."""
-    rows, labels = scores.shape
+    return blocks_of(*scores.shape)
+
+
+def blocks_of(rows: int, labels: int) -> list[slice]:
     step = max(1, BLOCK // max(1, labels))
     return [slice(i, min(rows, i + step)) for i in range(0, rows, step)]
 

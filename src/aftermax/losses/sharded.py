@@ -14,6 +14,7 @@ and a backward pass that one rank leaves out leaves the others waiting.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aftermax.losses import positives as marks
+from aftermax.losses import threshold
 from aftermax.losses.decoupled import RestAndPicked, decoupled_rows
+from aftermax.losses.softtopk import check_places, hidden_block, inner, portions
 
 if TYPE_CHECKING:  # which torch without distributed lacks
     from torch.distributed import ProcessGroup
@@ -120,6 +123,152 @@ def sharded_decoupled_softmax_loss(
     elif reduction == "sum":
         rows = rows.sum()
     return rows.to(scores.dtype)
+
+
+def sharded_soft_topk_loss(
+    scores: Tensor,
+    positives: Tensor,
+    *,
+    k: float | str = 5,
+    alpha: float = 2.0,
+    visible: Tensor | None = None,
+    reduction: str = "mean",
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """`soft_topk_loss` where each rank holds the scores of all rows against its own labels.
+
+    Over the wire go the largest ceil(k) scores of each row and shard, two sums of a row for each
+    step of the search, and two more in the backward pass.
+
+    Args:
+        scores, positives, visible, reduction, group: as `sharded_decoupled_softmax_loss`.
+        k, alpha: as `soft_topk_loss`. No row may have more places than 256: the largest scores of
+            all shards have to be brought together.
+
+    Returns:
+        As `sharded_decoupled_softmax_loss`.
+
+    Raises:
+        As `soft_topk_loss`; ValueError for more than 256 places.
+    """
+    name = "sharded_soft_topk_loss"
+    marks.checked(name, scores, positives, visible, reduction, None)
+    check_places(name, k, alpha)
+    found = marks.by_index(name, scores, positives, visible, None, None)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    counts = _summed(found.known.sum(1), group)
+    if k == "positives":
+        places = counts.clamp_min(1).to(wide)
+    else:
+        places = scores.new_full((len(scores),), float(k), dtype=wide)
+    if places.numel() and places.max() > threshold.FEW:
+        raise ValueError(
+            f"{name}: k reaches {places.max().item():g}; up to {threshold.FEW} would be right"
+        )
+    picked = _PickedOfShards.apply(scores, places, visible, found.index, alpha, group)
+    each = torch.where(found.known, F.logsigmoid(torch.where(found.known, picked, 0)), 0)
+    rows = -each.sum(1) / counts.clamp_min(1)
+    if reduction == "mean":
+        rows = rows.sum() / (counts > 0).sum().clamp_min(1)
+    elif reduction == "sum":
+        rows = rows.sum()
+    return rows.to(scores.dtype)
+
+
+class _Shards(threshold.Here):
+    """Numbers of this rank's part of a row become those of the whole row."""
+
+    def __init__(self, group: ProcessGroup | None):
+        self.group = group
+
+    def sum(self, x: Tensor) -> Tensor:
+        return _summed(x, self.group)
+
+    def max(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
+        return x
+
+    def logsumexp(self, x: Tensor) -> Tensor:
+        top = self.max(x)
+        top = top.masked_fill(top == -torch.inf, 0)
+        return self.sum((x - top).exp_()).log_() + top
+
+
+class _PickedOfShards(torch.autograd.Function):
+    """alpha (s_p + t) at this rank's columns of `index` (B, K), with the t of the whole row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores: Tensor,
+        k: Tensor,
+        visible: Tensor | None,
+        index: Tensor,
+        alpha: float,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        centre, shift = k.new_empty((2, len(scores), 1))
+        ctx.blocks = _blocks(scores, group)
+        for rows in ctx.blocks:
+            block = hidden_block(scores, rows, visible)
+            centre[rows], shift[rows] = _search(block, k[rows, None], alpha, group)
+        ctx.save_for_backward(scores, visible, index, centre, shift)
+        ctx.alpha, ctx.group = alpha, group
+        return inner(scores.gather(1, index).to(k.dtype), centre, shift, alpha)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        scores, visible, index, centre, shift = ctx.saved_tensors
+        of_scores, over = torch.empty_like(scores), _Shards(ctx.group)
+        totals = over.sum(grad.sum(1, keepdim=True))
+        for rows in ctx.blocks:
+            block = hidden_block(scores, rows, visible)
+            z = inner(block, centre[rows], shift[rows], ctx.alpha)
+            q, _ = portions(z, shift[rows], over)
+            q = torch.where(totals[rows] == 0, 0, q.mul_(-totals[rows]))
+            of_scores[rows] = q.scatter_add_(1, index[rows], grad[rows]).mul_(ctx.alpha)
+        return of_scores, *(None,) * 5
+
+
+def _blocks(scores: Tensor, group: ProcessGroup | None) -> list[slice]:
+    """The same on every rank, so that they meet in each block."""
+    most = torch.tensor(scores.shape[1], device=scores.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group)
+    return marks.blocks_of(len(scores), int(most))
+
+
+def _search(
+    block: Tensor, k: Tensor, alpha: float, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """`threshold.search` for a row in parts; k (R, 1)."""
+    over, big = _Shards(group), torch.finfo(block.dtype).max / 4
+    count = over.sum(threshold.finite(block))
+    full = k >= count
+    if bool(full.all()):
+        return torch.zeros_like(k), torch.full_like(k, big)
+    k = k.masked_fill(full, 0.5)
+    most = math.ceil(k.max().item())
+    best = block.new_full((len(block), most), -torch.inf)
+    columns = torch.zeros(best.shape, dtype=torch.int64, device=block.device)
+    values, at = threshold.top_of(block, most)
+    best[:, : values.shape[1]], columns[:, : at.shape[1]] = values, at
+    everyone = [torch.empty_like(best) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, best, group)
+    values, places = torch.cat(everyone, 1).topk(most, 1)
+    # what of it is mine leaves the rest
+    inside = torch.arange(most, device=block.device) < k.ceil()
+    mine = inside & (places // most == dist.get_rank(group))
+    taken = columns.gather(1, places % most)
+    if block.shape[1]:
+        gone = torch.zeros_like(block, dtype=torch.int8)
+        gone.scatter_add_(1, taken.masked_fill(~mine, 0), mine.to(torch.int8))
+        block.masked_fill_(gone > 0, -torch.inf)
+    split = threshold.split_few(block, values, k, alpha, count, over)
+    found = threshold.solved(split, k, full, big, threshold.MOST_STEPS, over)
+    assert found is not None
+    centre, shift = found
+    return centre.masked_fill(full, 0), shift.masked_fill(full, big)
 
 
 class _Gather(torch.autograd.Function):

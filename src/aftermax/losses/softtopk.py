@@ -3,44 +3,22 @@
 y_j = sigmoid(alpha (s_j + t)) with the one t for which sum_j y_j = k. arXiv:2310.10636 takes it for
 a loss over the k labels at the head of a ranking; the operator is older (it credits T. Ahle).
 
-The threshold. Take any set T of labels, m of them, and write the condition as
-
-    A + max(m - k, 0) = B + max(k - m, 0),   A = sum over the rest of sigmoid(z_j),
-                                             B = sum over T of sigmoid(-z_j)
-
-with z_j = alpha (s_j + t). Newton's method runs on the difference of the logarithms of both sides,
-within a bracket. T is the k largest scores (for large k those beyond a quantile), so that where the
-scores lie far apart, A and B are tiny, and still exact, where the sum itself has rounded to k long
-ago; there the difference is a straight line, and one step ends it. The authors halve a bracket 32
-times, which in float32 leaves t open wherever the sum is flat. z is kept as alpha (s_j - c) + d
-with c the k-th largest score: exact near the threshold, however large the scores and alpha.
+`threshold.py` finds t. The sigmoids are taken of alpha (s_j - c) + d with c the k-th largest score,
+which is exact near the threshold, however large the scores and alpha.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aftermax import rows as row_maps
 from aftermax.losses import positives as marks
-
-FEW = 256
-"""Up to this k the largest scores are taken out by torch.topk; beyond, by a quantile."""
-
-CHUNK = 128
-"""Scores whose largest stands for them in the search for the largest of a row."""
-
-SAMPLE = 1024
-"""Scores of a row that its quantile is guessed from. It changes the number of steps alone."""
-
-GUESSED_STEPS = 12
-"""After so many, the k-th largest takes the place of the guess."""
-
-MOST_STEPS = 200
+from aftermax.losses import threshold
+from aftermax.losses.threshold import HERE, Here
 
 
 def soft_topk(
@@ -145,14 +123,11 @@ def soft_topk_loss(
     """
     name = "soft_topk_loss"
     marks.checked(name, scores, positives, visible, reduction, sample)
-    by_positives = k == "positives"
-    if not by_positives and (isinstance(k, str) or not 0 < k < math.inf):
-        raise ValueError(f"{name}: k={k!r}; a number above 0, or 'positives', would be right")
-    _check_alpha(name, alpha)
+    check_places(name, k, alpha)
     wide = torch.promote_types(scores.dtype, torch.float32)
 
     def places(chosen: Tensor) -> Tensor:
-        if by_positives:
+        if k == "positives":
             return chosen.sum(1).clamp_min(1).to(wide)
         return scores.new_full((len(scores),), float(k), dtype=wide)
 
@@ -205,6 +180,12 @@ def _operator(
     return y.reshape(moved.shape).movedim(-1, dim)
 
 
+def check_places(name: str, k: float | str, alpha: float) -> None:
+    if k != "positives" and (isinstance(k, str) or not 0 < k < math.inf):
+        raise ValueError(f"{name}: k={k!r}; a number above 0, or 'positives', would be right")
+    _check_alpha(name, alpha)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -236,170 +217,7 @@ def _check_k(
         )
 
 
-# ---- the threshold -----------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    """A row cut in two; all but the first two are (R, 1)."""
-
-    rest: Tensor
-    """(R, n), alpha (s_j - centre), -inf for what is in T or hidden."""
-    top: Tensor
-    """(R, any), -alpha (s_j - centre) of T, filled up with -inf."""
-    centre: Tensor
-    taken: Tensor
-    """How many are in T."""
-    low: Tensor
-    high: Tensor
-    """The shift lies between them."""
-
-
-def threshold(block: Tensor, k: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """centre c and shift d, (R, 1) each: y_j = sigmoid(alpha (s_j - c) + d) sums to k in each row.
-
-    Args:
-        block: (R, n) float32 or float64, -inf where hidden; it may be written over.
-        k: (R,), above 0. In rows with no more than k finite scores the shift is the largest float:
-            all of them become 1.
-    """
-    big = torch.finfo(block.dtype).max / 4
-    k, count = k[:, None], _finite(block)
-    full = k >= count
-    if bool(full.all()):
-        return torch.zeros_like(k), torch.full_like(k, big)
-    # beyond the middle, those that are not picked are picked: 1 - sigmoid(z) = sigmoid(-z)
-    turned = (2 * k > count) & ~full
-    if bool(turned.any()):
-        k = torch.where(turned, count - k, k)
-        flipped = torch.where(block == -torch.inf, block, -block)
-        block = torch.where(turned, flipped, block)
-    k = k.masked_fill(full, 0.5)  # an easy row that stops no other
-    most = math.ceil(k.max().item())
-    if most <= FEW:
-        found = _solved(_few(block, k, alpha, most), k, full, big, MOST_STEPS)
-    else:
-        found = _solved(_many(block, k, count, alpha, False), k, full, big, GUESSED_STEPS)
-        if found is None:
-            found = _solved(_many(block, k, count, alpha, True), k, full, big, MOST_STEPS)
-    assert found is not None
-    centre, shift = (torch.where(turned, -x, x) for x in found)
-    return centre.masked_fill(full, 0), shift.masked_fill(full, big)
-
-
-def _finite(block: Tensor) -> Tensor:
-    """How many are not hidden, (R, 1)."""
-    rows, labels = block.shape
-    if labels and bool((block.amin(1) > -torch.inf).all()):
-        return block.new_full((rows, 1), labels)
-    return (block != -torch.inf).sum(1, keepdim=True).to(block.dtype)
-
-
-def _solved(
-    split: Split, k: Tensor, full: Tensor, big: float, most_steps: int
-) -> tuple[Tensor, Tensor] | None:
-    """centre and shift; None where `most_steps` below MOST_STEPS do not end it."""
-    rest, top, centre, taken, low, high = split
-    spare, short = (taken - k).clamp_min(0), (k - taken).clamp_min(0)
-    of_rest, of_top = (row_maps.logsumexp(x, 1, keepdim=True) for x in (rest, top))
-    low, high = low.clamp(-big, big), high.clamp(-big, big)
-    guess = torch.minimum(k.log() - of_rest, (of_top - of_rest) / 2)
-    shift = torch.where(guess.isfinite(), guess, (low + high) / 2).clamp(min=low, max=high)
-    best_of_rest, best_of_top = (x.amax(1, keepdim=True) for x in (rest, top))
-    scratch = torch.empty_like(rest), torch.empty_like(top)
-    eps = torch.finfo(rest.dtype).eps
-    for _ in range(most_steps):
-        left, left_slope = _side(
-            rest, shift, best_of_rest + shift, of_rest + shift, spare, scratch[0]
-        )
-        right, right_slope = _side(
-            top, -shift, best_of_top - shift, of_top - shift, short, scratch[1]
-        )
-        off = left - right
-        low, high = torch.where(off < 0, shift, low), torch.where(off > 0, shift, high)
-        new = shift - off / (left_slope + right_slope)
-        new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)
-        step, shift = (new - shift).abs(), torch.where(off == 0, shift, new)
-        # the error after a step is about its square
-        near = (step <= eps**0.6) | (step <= 4 * eps * shift.abs()) | ~(off.abs() > 0)
-        if bool((near | full).all()):
-            break
-    else:
-        if most_steps < MOST_STEPS:
-            return None
-    return centre, shift
-
-
-def _side(
-    x: Tensor, shift: Tensor, largest: Tensor, logarithm: Tensor, extra: Tensor, scratch: Tensor
-) -> tuple[Tensor, Tensor]:
-    """log(sum sigmoid(x + shift) + extra) and its slope.
-
-    Where the `largest` of x + shift lies so low that every sigmoid is e^(x + shift) to rounding,
-    the `logarithm` of their sum takes its place. Elsewhere what lies lower still adds nothing, and
-    is kept from becoming numbers that processors are slow with.
-    """
-    low = math.log(torch.finfo(x.dtype).eps)
-    far = (largest <= low) & (extra == 0)
-    if bool(far.all()):
-        return logarithm, torch.ones_like(logarithm)
-    y = torch.add(x, shift, out=scratch).clamp_min_(2.5 * low).sigmoid_()
-    total = y.sum(1, keepdim=True)
-    slope = total - y.square_().sum(1, keepdim=True)
-    whole = total.add_(extra)
-    return torch.where(far, logarithm, whole.log()), (slope / whole).masked_fill_(far, 1)
-
-
-def _few(block: Tensor, k: Tensor, alpha: float, most: int) -> Split:
-    """T is the ceil(k) largest."""
-    labels = block.shape[1]
-    values, indices = _largest(block, most)
-    taken = k.ceil()
-    inside = torch.arange(values.shape[1], device=block.device) < taken
-    centre = values.gather(1, taken.long() - 1)
-    top = (values - centre).mul_(-alpha).masked_fill_(~inside, -torch.inf)
-    rest = block.scatter_(1, indices, values.masked_fill(inside, -torch.inf))
-    rest.sub_(centre).mul_(alpha)
-    second = rest.amax(1, keepdim=True)
-    low = torch.logit(k / labels) + top[:, :1]
-    high = torch.maximum((2 * k).log() - second, (2 * k).log())
-    high = torch.where(taken > k, torch.logit(k / taken), high)
-    return Split(rest, top, centre, taken, low, high)
-
-
-def _largest(block: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """topk. The largest of a long row lie in the chunks with the largest maxima."""
-    rows, labels = block.shape
-    chunks = labels // CHUNK
-    if chunks < 4 * most:
-        return block.topk(min(most, labels), 1)
-    whole = chunks * CHUNK
-    best = block[:, :whole].unflatten(1, (chunks, CHUNK)).amax(2).topk(most, 1).indices
-    at = (best[..., None] * CHUNK + torch.arange(CHUNK, device=block.device)).flatten(1)
-    if whole < labels:
-        left = torch.arange(whole, labels, device=block.device).expand(rows, -1)
-        at = torch.cat((at, left), 1)
-    values, within = block.gather(1, at).topk(most, 1)
-    return values, at.gather(1, within)
-
-
-def _many(block: Tensor, k: Tensor, count: Tensor, alpha: float, exact: bool) -> Split:
-    """T is what lies above the k-th largest, or above a guess of it."""
-    hidden = block == -torch.inf
-    step = 1 if exact else max(1, block.shape[1] // SAMPLE)
-    some = block[:, ::step].sort(1, descending=True).values
-    seen = (some != -torch.inf).sum(1, keepdim=True)
-    at = (k.ceil() - 1 if exact else k / count * seen).long()
-    at = torch.minimum(at, (seen - 1).clamp_min(0))
-    centre = torch.where(seen > 0, some.gather(1, at), block.amax(1, keepdim=True))
-    x = (block - centre).mul_(alpha)
-    above = x >= 0
-    ratio = torch.logit(k / count)
-    low = ratio - x.amax(1, keepdim=True)
-    high = ratio - x.masked_fill(hidden, torch.inf).amin(1, keepdim=True)
-    rest = x.masked_fill(above, -torch.inf)
-    top = x.neg_().masked_fill_(~above, -torch.inf)
-    taken = above.sum(1, keepdim=True).to(k.dtype)
-    return Split(rest, top, centre, taken, low, high)
+# ---- one graph for torch.compile ----------------------------------------------------------------
 
 
 @torch.library.custom_op(
@@ -410,7 +228,7 @@ def _many(block: Tensor, k: Tensor, count: Tensor, alpha: float, exact: bool) ->
 def _threshold_op(scores: Tensor, k: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     centre, shift = k.new_empty((len(scores), 1)), k.new_empty((len(scores), 1))
     for rows in marks.blocks(scores):
-        centre[rows], shift[rows] = threshold(scores[rows].clone(), k[rows], alpha)
+        centre[rows], shift[rows] = threshold.search(scores[rows].clone(), k[rows], alpha)
     return centre, shift
 
 
@@ -438,7 +256,7 @@ def _traced(x: Tensor, seen: Tensor, k: Tensor, alpha: float) -> Tensor:
 # ---- derivatives -------------------------------------------------------------------------------
 
 
-def _hidden(
+def hidden_block(
     scores: Tensor, rows: slice, visible: Tensor | None, *out: Tensor, into: Tensor | None = None
 ) -> Tensor:
     """A block in float32 at least, -inf where it is hidden; in the memory of `into` if that is."""
@@ -452,7 +270,7 @@ def _hidden(
     return block
 
 
-def _inner(block: Tensor, centre: Tensor, shift: Tensor, alpha: float) -> Tensor:
+def inner(block: Tensor, centre: Tensor, shift: Tensor, alpha: float) -> Tensor:
     """alpha (s - c) + d over the block."""
     return block.sub_(centre).mul_(alpha).add_(shift)
 
@@ -463,14 +281,16 @@ def _slopes(z: Tensor) -> Tensor:
     return small.mul_(1 - small)
 
 
-def _portions(z: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def portions(z: Tensor, shift: Tensor, over: Here = HERE) -> tuple[Tensor, Tensor]:
     """v / sum v, and sum v (R, 1); 0 in rows where all is 1."""
     v = _slopes(z)
-    total = v.sum(1, keepdim=True)
+    total = over.sum(v.sum(1, keepdim=True))
     q = v.div_(torch.where(total > 0, total, 1))
     lost = _lost(total, shift)
     if bool(lost.any()):  # so far out v is e^-|z|
-        q = torch.where(lost, row_maps.softmax(z.abs().neg_(), 1), q)
+        depth = z.abs().neg_()
+        far = depth.sub_(over.max(threshold.largest(depth))).exp_()
+        q = torch.where(lost, far / over.sum(far.sum(1, keepdim=True)), q)
     return q, total
 
 
@@ -490,10 +310,10 @@ class _SoftTopK(torch.autograd.Function):
         out = torch.empty_like(scores, memory_format=torch.contiguous_format)
         centre, shift = k.new_empty((2, len(scores), 1))
         for rows in marks.blocks(scores):
-            block = _hidden(scores, rows, visible)
-            centre[rows], shift[rows] = threshold(block, k[rows], alpha)
-            z = _hidden(scores, rows, visible, into=out[rows])
-            y = _inner(z, centre[rows], shift[rows], alpha)
+            block = hidden_block(scores, rows, visible)
+            centre[rows], shift[rows] = threshold.search(block, k[rows], alpha)
+            z = hidden_block(scores, rows, visible, into=out[rows])
+            y = inner(z, centre[rows], shift[rows], alpha)
             y = F.logsigmoid(y) if log else y.sigmoid_()
             if log or z.dtype != out.dtype:
                 out[rows] = y
@@ -509,8 +329,8 @@ class _SoftTopK(torch.autograd.Function):
             return of_scores, of_k, None, None, None
         out, of_k = torch.empty_like(scores), torch.empty_like(k)
         for rows in marks.blocks(scores):
-            z = _inner(_hidden(scores, rows, visible), centre[rows], shift[rows], ctx.alpha)
-            q, total = _portions(z, shift[rows])
+            z = inner(hidden_block(scores, rows, visible), centre[rows], shift[rows], ctx.alpha)
+            q, total = portions(z, shift[rows])
             if ctx.log:
                 idle = z == -torch.inf
                 own = z.neg_().sigmoid_().mul_(grad[rows]).masked_fill_(idle, 0)
@@ -565,11 +385,11 @@ class _Picked(torch.autograd.Function):
     ) -> Tensor:
         centre, shift = k.new_empty((2, len(scores), 1))
         for rows in marks.blocks(scores):
-            block = _hidden(scores, rows, visible, index, out)
-            centre[rows], shift[rows] = threshold(block, k[rows], alpha)
+            block = hidden_block(scores, rows, visible, index, out)
+            centre[rows], shift[rows] = threshold.search(block, k[rows], alpha)
         ctx.save_for_backward(scores, k, visible, index, out, centre, shift)
         ctx.alpha = alpha
-        return _inner(scores.gather(1, index).to(k.dtype), centre, shift, alpha)
+        return inner(scores.gather(1, index).to(k.dtype), centre, shift, alpha)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -585,8 +405,8 @@ class _Picked(torch.autograd.Function):
             return (ctx.alpha * (own - q * grad.sum(1, keepdim=True))).to(scores.dtype), *none
         of_scores = torch.empty_like(scores)
         for rows in marks.blocks(scores):
-            block = _hidden(scores, rows, visible, index, out)
-            q, _ = _portions(_inner(block, centre[rows], shift[rows], ctx.alpha), shift[rows])
+            block = hidden_block(scores, rows, visible, index, out)
+            q, _ = portions(inner(block, centre[rows], shift[rows], ctx.alpha), shift[rows])
             total = grad[rows].sum(1, keepdim=True)
             q = torch.where(total == 0, 0, q.mul_(-total))
             of_scores[rows] = q.scatter_add_(1, index[rows], grad[rows]).mul_(ctx.alpha)
