@@ -1,6 +1,7 @@
 """Labels over two processes: the gradients add up to those of one."""
 
 import traceback
+import warnings
 
 import pytest
 import torch
@@ -247,6 +248,7 @@ RUNS = (
 
 def run_all(rank, folder):
     torch.set_num_threads(1)
+    warnings.simplefilter("error")  # as in the tests themselves
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS
     )

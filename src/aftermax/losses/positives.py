@@ -87,7 +87,7 @@ def in_batch_masks(label_ids: Tensor, positive_ids: Tensor) -> tuple[Tensor, Ten
     true = torch.zeros((len(positive_ids), len(labels) + 1), dtype=torch.bool, device=at.device)
     true.scatter_(1, at.masked_fill(at < 0, len(labels)), True)
     true[:, -1] = False
-    column = torch.searchsorted(labels, label_ids).clamp_max(len(labels) - 1)
+    column = torch.searchsorted(labels, label_ids.contiguous()).clamp_max(len(labels) - 1)
     column = torch.where(labels[column] == label_ids, column, len(labels))
     return true[:, column], visible[None]
 
