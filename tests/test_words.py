@@ -82,10 +82,12 @@ def test_a_text_that_is_too_short_is_told(work, tmp_path):
         words.prepare(dataclasses.replace(work, data=tmp_path / "short.txt"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("system", [*(o.name for o in WORD_OUTPUTS), "softmax/adamw"])
-def test_every_output_layer_learns(work, held, system):
-    if system == "softmax/adamw":
-        work = dataclasses.replace(work, learning_rates=(10.0,))
+@pytest.mark.parametrize("traits", ["", "/adamw"])
+@pytest.mark.parametrize("system", [output.name for output in WORD_OUTPUTS])
+def test_every_output_layer_learns(work, held, system, traits):
+    system += traits
+    if traits:
+        work = dataclasses.replace(work, learning_rates=(10.0,), factored_rate=0.05)
     run = run_of(work, held, system)
     before = words.tuning_loss(build(run, held)[0], work, held)
     model = trained(run, held)
@@ -122,6 +124,7 @@ def test_a_name_may_have_the_numbers_of_the_loss(work, held):
     model, _ = build(run_of(work, held, "z-loss/0.3/8"), held)
     assert model.head.layer.loss == ZScoreLoss(0.3, 8.0)
     assert work.arm("z-loss/0.3/8").title == "Z-loss (factored) · a = 0.3, b = 8"
+    assert work.arm("z-loss/1/5/adamw").title == "Z-loss (factored) · a = 1, b = 5 · AdamW"
 
 
 def test_the_factored_layer_steps_with_the_optimiser(work, held):
@@ -163,8 +166,8 @@ def test_the_loop_writes_what_the_report_reads(work, held, tmp_path):
     ("changes", "said"),
     [
         ({"systems": ("rela",)}, "no output 'rela'; there are softmax, adaptive"),
-        ({"systems": ("z-loss/adamw",)}, "z-loss/adamw: softmax, adaptive and hierarchical may"),
-        ({"systems": ("softmax/sgd",)}, "softmax/sgd: softmax, adaptive and hierarchical may"),
+        ({"systems": ("sampled/1/2",)}, "sampled/1/2: an output layer may have the trait adamw"),
+        ({"systems": ("softmax/sgd",)}, "softmax/sgd: an output layer may have the trait adamw"),
         ({"systems": ("z-loss/x/1",)}, "z-loss/x/1: a and b are numbers, as in z-loss/0.1/30"),
         ({"systems": ("z-loss/0/1",)}, "z-loss/0/1: a is above 0"),
         ({"a": 0.0}, "a is above 0, got 0.0"),

@@ -60,13 +60,12 @@ def _look_of_output(entry: OutputArm) -> dict[str, Any]:
     trait or the layer is not the usual one."""
     loss = entry.name.removeprefix("dual/").split("/")[0]
     place = OUTPUT_LOSSES.index("softmax" if loss == "infonce" else loss)
-    usual, own = "/" not in entry.name, COLOURS[place]
-    lower = bool(entry.values) and entry.values[1] < 10  # the Z-loss bends earlier than usual
+    own = COLOURS[place]
     return {
         "color": own,
         "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": "-" if usual else ":" if lower else "--",
-        "markerfacecolor": own if usual else "white",
+        "linestyle": ":" if entry.values else "--" if "/" in entry.name else "-",
+        "markerfacecolor": "white" if "/" in entry.name else own,
     }
 
 

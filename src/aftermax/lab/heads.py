@@ -282,10 +282,9 @@ def of_labels(
         labels: ids (None = all) -> vectors (N, width), for a dual encoder.
     """
     loss = output.removeprefix("dual/")
-    prior = torch.zeros(len(counts))
-    if loss == "bce":  # a classifier that knows nothing but how frequent its label is
-        share = (counts + 0.5) / (documents + 1)
-        prior = share.logit()
+    share = (counts + 0.5) / (documents + 1)
+    # what is known of a label before its text: AdamW would be long on the way to it
+    prior = share.logit() if loss == "bce" else share.log()
     if output.startswith("dual/"):
         return Dual(labels, rule(loss, work), prior, work.negatives == "all")
     made: dict[str, Callable[[], Head]] = {

@@ -32,10 +32,8 @@ class OutputArm:
 
     @property
     def title(self) -> str:
-        if self.values:
-            return f"{self.entry.title} · a = {self.values[0]:g}, b = {self.values[1]:g}"
-        traits = self.name.removeprefix(self.entry.name).strip("/")
-        return self.entry.title + (f" · {traits}" if traits else "")
+        numbers = "" if not self.values else " · a = {:g}, b = {:g}".format(*self.values)
+        return self.entry.title + numbers + (" · AdamW" if self.name.endswith("/adamw") else "")
 
     @property
     def identity(self) -> dict[str, str]:

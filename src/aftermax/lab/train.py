@@ -99,12 +99,13 @@ def make_optimiser(model: nn.Module, run: Run) -> torch.optim.Optimizer:
         optimiser: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate)
     else:
         optimiser = _adamw(model, work)
+    scale = work.factored_rate / run.arm.rate_scale
     layers = [layer for layer in model.modules() if isinstance(layer, FactoredLinear)]
 
     def step_too(after: torch.optim.Optimizer, *_: Any) -> None:
         for layer in layers:
             if math.isfinite(layer.grad_norm()):
-                layer.step(work.factored_rate * after.param_groups[0]["lr"])
+                layer.step(scale * after.param_groups[0]["lr"])
             else:  # the run has diverged, which the loop sees by its loss
                 layer.zero_grad()
 

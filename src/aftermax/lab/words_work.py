@@ -28,9 +28,9 @@ class WordsWork(AnyWork):
     multiples: ClassVar[tuple[int, ...]] = (1,)  # type: ignore[misc]
 
     systems: tuple[str, ...] = tuple(output.name for output in WORD_OUTPUTS)
-    """Output layers. All are trained by plain SGD, as the Z-loss's paper does and the factored
-    layer must; /adamw after softmax, adaptive or hierarchical trains with AdamW instead. z-loss/1/5
-    has a = 1 and b = 5."""
+    """Output layers, trained by plain SGD, as the Z-loss's paper does. With /adamw after its name
+    all is trained by AdamW, but for a factored layer, which has its own steps. z-loss/1/5 has a = 1
+    and b = 5."""
     data: Path | None = None
     """A text file or a folder of them; or a folder of apt's lists, by default this machine's, of
     which the descriptions of packages are read."""
@@ -79,19 +79,19 @@ class WordsWork(AnyWork):
     def arm(self, name: str) -> OutputArm:
         output, *traits = name.split("/")
         entry = find(output, WORD_OUTPUTS)
-        if output == "z-loss" and len(traits) == 2:
-            return OutputArm(name, entry, "sgd", values=_positive(name, traits))
-        if traits == ["adamw"] and output in ("softmax", "adaptive", "hierarchical"):
-            return OutputArm(name, entry, "adamw", 1e-3)
-        if traits:
+        adamw = traits[-1:] == ["adamw"]
+        numbers = traits[:-1] if adamw else traits
+        values = _numbers(name, numbers) if output == "z-loss" and len(numbers) == 2 else ()
+        if len(numbers) > len(values):
             raise ValueError(
-                f"{name}: softmax, adaptive and hierarchical may have the trait adamw, z-loss two "
-                "numbers, as in z-loss/0.1/30 for a and b"
+                f"{name}: an output layer may have the trait adamw, and z-loss two numbers before "
+                "it, as in z-loss/0.1/30 for a and b"
             )
-        return OutputArm(name, entry, "sgd")
+        optimiser, scale = ("adamw", 1e-3) if adamw else ("sgd", 1.0)
+        return OutputArm(name, entry, optimiser, scale, values)
 
 
-def _positive(name: str, traits: list[str]) -> tuple[float, ...]:
+def _numbers(name: str, traits: list[str]) -> tuple[float, ...]:
     try:
         a, b = map(float, traits)
     except ValueError:
@@ -108,11 +108,13 @@ _STANDARD = dataclasses.replace(
         "softmax",
         "softmax/adamw",
         "adaptive",
+        "adaptive/adamw",
         "hierarchical",
         "sampled",
+        "sampled/adamw",
         "z-loss",
+        "z-loss/adamw",
         "z-loss/0.1/30",
-        "z-loss/1/5",
         "log-taylor",
     ),
     steps=3000,
