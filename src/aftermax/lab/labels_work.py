@@ -44,7 +44,7 @@ class LabelsWork(AnyWork):
     width: int = 256
     separate: bool = False
     """An encoder for documents and one for labels, rather than one for both."""
-    hidden: int = 0
+    hidden: int = 512
     """Of a residual layer after the encoder, one for documents and one for labels; 0 = none."""
     layers: int = 2
     """Of the transformer."""
@@ -52,7 +52,7 @@ class LabelsWork(AnyWork):
     """Of the transformer."""
     words: int = 64
     """Of a text that the transformer reads."""
-    word_dropout: float = 0.3
+    word_dropout: float = 0.2
     """Share of the words that a text is read without in training."""
     dropout: float = 0.2
     """Share of the numbers of a text's vector that are 0 in training."""
@@ -70,7 +70,7 @@ class LabelsWork(AnyWork):
     """Location of the Z-loss, in standard deviations of the outputs."""
     samples: int = 256
     """Labels that sampled softmax draws for a batch."""
-    factored_rate: float = 1000.0
+    factored_rate: float = 3000.0
     """The rate of the Z-loss's layer, which is trained by plain SGD, over AdamW's."""
 
     steps: int = 400
@@ -141,6 +141,7 @@ _STANDARD = dataclasses.replace(
     _QUICK,
     systems=tuple(output.name for output in ONE_VS_ALL + DUAL),
     learning_rates=(2.5e-3, 5e-3, 1e-2),
+    search_steps=100,
     seeds=(0, 1, 2),
 )
 PRESETS = {
