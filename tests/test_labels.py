@@ -18,8 +18,8 @@ from .lab_work import open_store
 from .label_set import THINGS, write_set
 
 TINY = LabelsWork(
-    width=16, hidden=0, batch=16, steps=60, word_dropout=0.1, dropout=0.0, samples=8, learning_rates=(2e-2,),
-    factored_rate=1.0, k=2, temperature=0.2,
+    width=16, hidden=0, batch=16, steps=60, word_dropout=0.1, dropout=0.0, samples=8,
+    learning_rates=(2e-2,), factored_rate=1.0, k=2, temperature=0.2,
 )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class WordsWork(AnyWork):
     samples: int = 1024
     """Classes that sampled softmax draws for a batch."""
 
-    steps: int = 2000
+    steps: int = 1000
     batch: int = 128
     warmup: float = 0.02
     """Share of the steps in which the learning rate rises."""
@@ -117,7 +117,7 @@ _STANDARD = dataclasses.replace(
         "z-loss/0.1/30",
         "log-taylor",
     ),
-    steps=3000,
+    steps=1500,
     learning_rates=(0.5, 1.0, 2.0),
     search_steps=500,
     seeds=(0, 1, 2),
