@@ -244,6 +244,27 @@ def test_hidden_vectors_need_no_gradient():
     assert_close(layer.weight, linear.weight - linear.weight.grad, rtol=0, atol=1e-14)
 
 
+def test_beneath_a_compiled_loss():
+    layer, linear = pair(20, 4)
+    hidden, target = normal(3, 4), torch.tensor([0, 1, 2])
+    compiled = torch.compile(lambda h: layer(2 * h, target), backend="aot_eager")
+    compiled(hidden).backward()
+    z_score_loss(linear(2 * hidden), target).backward()
+    layer.step(1.0)
+    assert_close(layer.weight, linear.weight - linear.weight.grad, rtol=0, atol=1e-14)
+
+
+def test_one_buffer_for_all_hidden_vectors():
+    layer, linear = pair(20, 4)
+    buffer, target = torch.empty(3, 4, dtype=F64), torch.tensor([0, 1, 2])
+    for seed in (1, 2):
+        buffer.copy_(normal(3, 4, seed=seed))
+        layer(buffer, target).backward()
+        z_score_loss(linear(buffer), target).backward()
+    layer.step(1.0)
+    assert_close(layer.weight, linear.weight - linear.weight.grad, rtol=0, atol=1e-14)
+
+
 def test_weights_that_changed_in_between():
     layer, _ = pair(20, 4)
     hidden, target = normal(3, 4), torch.tensor([0, 1, 2])
@@ -329,7 +350,8 @@ def test_a_state_goes_on_bit_for_bit(dtype):
 
 def test_a_copy_takes_its_own_gradient_along():
     layer, _ = pair(20, 4)
-    layer(normal(3, 4), torch.tensor([0, 1, 2])).backward()
+    hidden = 2 * normal(3, 4).requires_grad_()  # no leaf
+    layer(hidden, torch.tensor([0, 1, 2])).backward()
     twin = copy.deepcopy(layer)
     layer.step(1.0)
     twin.step(1.0)

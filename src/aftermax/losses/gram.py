@@ -212,7 +212,7 @@ class Moments(torch.autograd.Function):
             picked = weighted(of_chosen, rows)
             total = of_chosen.sum(1, keepdim=True)
             gradient = BatchGradient(
-                hidden=hidden,
+                hidden=hidden.clone(),  # the caller may write the next batch over it
                 mapped=mapped,
                 scale=scale,
                 level=of_mean / layer.out_features,

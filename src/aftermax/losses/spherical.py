@@ -135,6 +135,7 @@ class FactoredLinear(nn.Module):
 
     # -- a training step
 
+    @torch.compiler.disable  # it keeps a gradient aside, which no graph can hold
     def forward(
         self,
         hidden: Tensor,
@@ -176,6 +177,7 @@ class FactoredLinear(nn.Module):
             loss = loss.new_zeros(counted.shape).masked_scatter(counted, loss)
         return loss.reshape(hidden.shape[:-1])
 
+    @torch.compiler.disable
     def step(self, lr: float, *, weight_decay: float = 0.0, max_norm: float | None = None) -> None:
         """W <- (1 - lr weight_decay) W - lr g, g = dL/dW: SGD as `torch.optim.SGD` makes it.
 
