@@ -10,7 +10,7 @@ KERNELS := src/aftermax/kernels
 LIBRARY := $(KERNELS)/libaftermax.so
 NATIVE := CMakeLists.txt $(wildcard $(KERNELS)/cpu/*)
 
-.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear bench-mqar bench-trees docs figures clean
+.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear bench-mqar bench-output bench-trees docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
 	$(BIN)/aftermax compare quick
@@ -56,6 +56,10 @@ bench-linear: .venv/lab.done kernels  ## the linear walk against chunk loops in 
 
 bench-mqar: .venv/lab.done kernels  ## recall against the size of the state, one block for all mixers
 	$(BIN)/python benchmarks/mqar.py
+
+bench-output: .venv/lab.done kernels  ## steps of output layers over the number of classes
+	$(BIN)/python benchmarks/output.py
+	$(BIN)/python benchmarks/soft_topk.py
 
 bench-trees: .venv/lab.done .venv/trees.done  ## label trees of others on the Debian sets: what a user would pick
 	$(BIN)/python benchmarks/label_trees.py
