@@ -42,7 +42,7 @@ def log_zipf(target: Tensor, classes: int) -> Tensor:
     return ((target + 2.0) / (target + 1.0)).log().div(math.log(classes + 1)).log()
 
 
-def batches(classes: int, count: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(classes: int, count: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
     """Hidden vectors as a network's last ReLU gives them, and Zipf targets; over and over."""
     random = torch.Generator().manual_seed(0)
     return cycle(

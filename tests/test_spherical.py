@@ -388,6 +388,18 @@ def test_squared_error_ruins_u_unless_it_is_repaired(monkeypatch):
     assert (left.weight.double() - twin.weight).abs().max() > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("member", "lr"), [(ZScoreLoss(), 1.0), (SquaredErrorLoss(), 0.02)])
+def test_float32_holds_for_a_hundred_thousand_steps(member, lr):
+    layer, _ = pair(200, 8, dtype=F32, loss=member)
+    twin, _ = pair(200, 8, dtype=F64, loss=member)
+    for each in (layer, twin):
+        train(each, 100_000, lr)
+    error = (layer.weight.double() - twin.weight).norm() / twin.weight.norm()
+    assert error < 2e-5
+    assert all(error < 1e-4 for error in invariants(layer).values()), invariants(layer)
+
+
 def test_a_repair_changes_no_weight(monkeypatch):
     repairs = Repairs(monkeypatch)
     layer, _ = pair(50, 9)
@@ -507,6 +519,8 @@ def test_dtypes():
     with torch.autocast("cpu", dtype=BF16):
         assert_close(layer(rough, target), loss, rtol=0, atol=0)
         layer.step(1.0)
+    with pytest.raises(ValueError, match="converted to torch"):
+        layer.bfloat16()(rough, target)
 
 
 def test_a_large_common_row_costs_no_digits():

@@ -500,6 +500,11 @@ class FactoredLinear(nn.Module):
                 f"FactoredLinear: hidden {tuple(hidden.shape)}; (..., {self.in_features}) would be"
                 " right"
             )
+        if self.V.dtype not in CONDITION_LIMITS:
+            raise ValueError(
+                f"FactoredLinear: the layer was converted to {self.V.dtype}, in which it cannot"
+                " learn; keep it in float32 or float64, and give it hidden vectors in any"
+            )
         if hidden.dtype in (torch.bfloat16, torch.float16):
             hidden = hidden.to(self.V.dtype)
         if hidden.dtype != self.V.dtype or hidden.device != self.V.device:

@@ -186,7 +186,7 @@ def z_score_loss(
 def log_taylor_softmax_loss(
     input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    """loss_i = -log(t(o_ic) / sum_k t(o_ik)), t(o) = 1 + o + o^2/2 (arXiv:1511.05042, section 2.3).
+    """loss_i = -log(t(o_ic) / sum_k t(o_ik)), t(o) = 1 + o + o^2/2 (arXiv:1511.05042).
 
     Arguments, result and errors as `z_score_loss`.
 
