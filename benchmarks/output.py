@@ -168,7 +168,7 @@ def repairs(record: Record, console: Console, count: int) -> None:
 def _peak(name: str, classes: int) -> float:
     torch.set_num_threads(1)
     step = step_of(name, classes)
-    step_of(name, 1000)()  # the libraries' own memory
+    step_of(name, 5000)()  # the libraries' own memory
     return peak_mebibytes(step)
 
 

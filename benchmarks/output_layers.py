@@ -93,10 +93,11 @@ def by_hand(weight: Tensor, classes: int) -> Step:
 
 
 def sampled_loss(weight: Tensor, classes: int, samples: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Sampled softmax (Jean et al. 2015, 1412.2007): logits less log of the expected count.
+    """Sampled softmax: logits of samples less the log of their expected count (1412.2007).
 
     One set of samples, drawn by Zipf's law, for the whole batch; a sample that is the target of a
-    row is hidden from it. The rows come out of the weight with a sparse gradient.
+    row is hidden from it, and the target itself stands in the sum as it is. The rows come out of
+    the weight with a sparse gradient.
     """
     random = torch.Generator().manual_seed(1)
 
@@ -104,7 +105,7 @@ def sampled_loss(weight: Tensor, classes: int, samples: int) -> Callable[[Tensor
         drawn = zipf(classes, samples, generator=random)
         rows = F.embedding(torch.cat([target, drawn]), weight, sparse=True)
         own, others = rows[: len(target)], rows[len(target) :]
-        right = (hidden * own).sum(1) - log_zipf(target, classes) - math.log(samples)
+        right = (hidden * own).sum(1)
         wrong = hidden @ others.T - log_zipf(drawn, classes) - math.log(samples)
         wrong = wrong.masked_fill(target[:, None] == drawn, -torch.inf)
         logits = torch.cat([right[:, None], wrong], 1)
