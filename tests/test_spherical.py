@@ -400,22 +400,23 @@ def test_float32_holds_for_a_hundred_thousand_steps(member, lr):
     assert all(error < 1e-4 for error in invariants(layer).values()), invariants(layer)
 
 
-def test_a_repair_changes_no_weight(monkeypatch):
-    repairs = Repairs(monkeypatch)
-    layer, _ = pair(50, 9)
+def test_a_repair_changes_no_weight():
     values = torch.linspace(0.6, 1.5, 9, dtype=F64)
     values[0], values[5] = 1e-3, 40.0  # two bad ones: moved by themselves
+    many = values.clone().index_fill_(0, torch.tensor([1, 2, 3]), 1e-5)  # V is multiplied out
     left, right = (torch.linalg.qr(normal(9, 9, seed=s))[0] for s in (1, 2))
-    for bad in (values, values.clone().index_fill_(0, torch.tensor([1, 2, 3]), 1e-5)):
+    for bad in (values, many, 1e-9 * values):
+        layer, _ = pair(50, 9)
         layer.U.copy_(left @ bad.diag() @ right)
+        layer.mean.zero_()  # beside which the smallest of these weights could not be told
         layer.refresh()
         before = layer.weight
         layer._repair()
         assert_close(layer.weight, before, rtol=0, atol=1e-14 * float(before.abs().max()))
-        left_over = torch.linalg.svdvals(layer.U)
-        assert left_over.max() / left_over.min() < 4
+        repaired = torch.linalg.svdvals(layer.U)
+        assert repaired.max() / repaired.min() < 4
+        assert repaired.min() > 2.0**-22
         assert all(error < 1e-13 for error in invariants(layer).values())
-    assert repairs.count == 2
 
 
 @pytest.mark.parametrize("rows", [1, 6])

@@ -5,8 +5,8 @@ and its spherical family); de Brébisson & Vincent 2016, arXiv:1604.08859 (with 
 
 Where we depart from the authors' code (factored_output_layer): the whole batch in one step (see
 `gram.py`); the gram is centred, theirs cancels in float32; U is put right when its condition asks
-for it, not every so many steps, since squared error ruins U within 100 steps; weight decay scales
-the gram with the weights; the step refuses a gradient that is not finite.
+for it, not every so many steps, since squared error ruins U within some hundred of them; weight
+decay scales the gram with the weights; the step refuses a gradient that is not finite.
 """
 
 from __future__ import annotations
@@ -442,7 +442,7 @@ class FactoredLinear(nn.Module):
             part.mul_(factor)
 
     def _invert(self) -> None:
-        """U^-1 anew from U, whose overall size moves to V when decay has carried it far."""
+        """U^-1 anew from U, whose overall size moves to V where steps have carried it far."""
         size = float(self.U.norm()) / math.sqrt(self.U.shape[0])
         if not 2.0**-20 < size < 2.0**20:
             self.V.mul_(size)
@@ -462,7 +462,6 @@ class FactoredLinear(nn.Module):
             for rows in self._blocks_of_V():
                 rows.copy_(rows @ self.U)
             torch.eye(self.U.shape[0], out=self.U)
-            torch.eye(self.U.shape[0], out=self.U_inverse)
         else:
             new = values.where(~bad, middle)
             directions = left[:, bad].to(self.V.dtype)
@@ -470,8 +469,7 @@ class FactoredLinear(nn.Module):
             for rows in self._blocks_of_V():
                 rows.addmm_((rows @ directions) * moved, directions.T)
             self.U.copy_((left * new) @ right)
-            self.U_inverse.copy_((right.T / new) @ left.T)
-        self.age.zero_()
+        self._invert()
 
     def _dense(self) -> Tensor:
         return torch.addmm(self.offset + self.mean, self.V, self.U)
