@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 from aftermax.lab.results import Results, Spread, spread
@@ -68,8 +67,3 @@ def _trees(digest: str) -> list[str]:
             size_told = f"{size:.1f} MiB" if size else "–"
             lines.append(f"| *{TREE_TITLES[tree]}* | {' | '.join(cells)} | {size_told} | – | – |")
     return lines
-
-
-def compared(path: Path, block: Callable[[Results], str]) -> Callable[..., str]:
-    """A block of a page, from the rows of a comparison."""
-    return lambda *_: block(Results.of_parquet(path)) if path.exists() else "Not measured yet."

@@ -8,6 +8,13 @@
     python benchmarks/attention.py --save docs/results/attention.json
     python benchmarks/linear.py --save docs/results/linear.json
     python benchmarks/mqar.py --save docs/results/mqar.json
+    python benchmarks/output.py --save docs/results/output.json
+    python benchmarks/soft_topk.py --save docs/results/soft_topk.json
+    python benchmarks/label_trees.py --save docs/results/label_trees.json
+    aftermax compare standard --task labels --out aftermax-tags
+    aftermax export --out aftermax-tags --to docs/results/labels_tags.parquet
+    aftermax compare standard --task words --out aftermax-words
+    aftermax export --out aftermax-words --to docs/results/words.parquet
     make figures
 
 What stands between `<!-- name -->` and `<!-- /name -->` in README.md and docs/*.md is written here;
@@ -22,9 +29,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kernel_results
+import label_sets
 import labels_results
 import linear_results
 import matplotlib
+import output_results
 import studies
 from matplotlib import pyplot as plt
 
@@ -36,6 +45,7 @@ from aftermax.lab.results import Results
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results" / "standard.parquet"
 IMAGES = DOCS / "results" / "vision.parquet"
+WORDS = DOCS / "results" / "words.parquet"
 ALIBI = "Flat loss to 16x (3.281 -> 3.270), but the needle is lost (2505.17083)."
 """Published of softmax with ALiBi, which is no entry of its own."""
 PAGES = (
@@ -45,6 +55,7 @@ PAGES = (
     DOCS / "kernels.md",
     DOCS / "attention_kernels.md",
     DOCS / "linear.md",
+    DOCS / "output.md",
     DOCS / "images.md",
     DOCS / "labels.md",
 )
@@ -105,44 +116,57 @@ def systems_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def of_attention(block: Callable[[], str]) -> Callable[[Results], str]:
-    return lambda _: block() if kernel_results.ATTENTION.exists() else "Not measured yet."
+def measured(path: Path, block: Callable[[], str]) -> Callable[[Results], str]:
+    return lambda _: block() if path.exists() else "Not measured yet."
 
 
-def of_linear(block: Callable[[], str]) -> Callable[[Results], str]:
-    return lambda _: block() if linear_results.LINEAR.exists() else "Not measured yet."
+def machine_of(path: Path) -> Callable[[Results], str]:
+    return measured(path, lambda: kernel_results.machine(path))
 
 
-def of_labels(block: Callable[[], str]) -> Callable[[Results], str]:
-    return lambda _: block() if labels_results.SOFT_TOPK.exists() else "Not measured yet."
-
-
-def of_images(block: Callable[[Results], str]) -> Callable[[Results], str]:
-    return lambda _: block(Results.of_parquet(IMAGES)) if IMAGES.exists() else "Not measured yet."
+def compared(path: Path, block: Callable[[Results], str]) -> Callable[[Results], str]:
+    """From the rows of another comparison."""
+    return lambda _: block(Results.of_parquet(path)) if path.exists() else "Not measured yet."
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    "attention-summary": of_attention(kernel_results.attention_summary),
-    "attention-targets": of_attention(kernel_results.attention_targets),
-    "attention-products": of_attention(kernel_results.attention_products),
-    "attention-memory": of_attention(kernel_results.attention_memory_table),
-    "attention-machine": of_attention(lambda: kernel_results.machine(kernel_results.ATTENTION)),
-    "attention-figures": of_attention(
+    "attention-summary": measured(kernel_results.ATTENTION, kernel_results.attention_summary),
+    "attention-targets": measured(kernel_results.ATTENTION, kernel_results.attention_targets),
+    "attention-products": measured(kernel_results.ATTENTION, kernel_results.attention_products),
+    "attention-memory": measured(kernel_results.ATTENTION, kernel_results.attention_memory_table),
+    "attention-machine": measured(
+        kernel_results.ATTENTION, lambda: kernel_results.machine(kernel_results.ATTENTION)
+    ),
+    "attention-figures": measured(
+        kernel_results.ATTENTION,
         lambda: (
             "![Speed of every system over T, as a ratio to SDPA](figures/attention_lengths.png)\n\n"
             "![Extra memory over T](figures/attention_memory.png)"
-        )
+        ),
     ),
-    "linear-targets": of_linear(linear_results.linear_targets),
-    "linear-exponents": of_linear(linear_results.linear_exponents),
-    "linear-crossing": of_linear(linear_results.linear_crossing),
-    "linear-decode": of_linear(linear_results.linear_decode),
-    "linear-machine": of_linear(lambda: kernel_results.machine(linear_results.LINEAR)),
-    "soft-topk-operators": of_labels(labels_results.soft_topk_operators),
-    "soft-topk-lengths": of_labels(labels_results.soft_topk_lengths),
-    "soft-topk-machine": of_labels(lambda: kernel_results.machine(labels_results.SOFT_TOPK)),
-    "label-losses": of_labels(labels_results.label_losses),
-    "label-cache": of_labels(labels_results.label_cache),
+    "linear-targets": measured(linear_results.LINEAR, linear_results.linear_targets),
+    "linear-exponents": measured(linear_results.LINEAR, linear_results.linear_exponents),
+    "linear-crossing": measured(linear_results.LINEAR, linear_results.linear_crossing),
+    "linear-decode": measured(linear_results.LINEAR, linear_results.linear_decode),
+    "linear-machine": measured(
+        linear_results.LINEAR, lambda: kernel_results.machine(linear_results.LINEAR)
+    ),
+    "soft-topk-operators": measured(labels_results.SOFT_TOPK, labels_results.soft_topk_operators),
+    "soft-topk-lengths": measured(labels_results.SOFT_TOPK, labels_results.soft_topk_lengths),
+    "soft-topk-machine": measured(
+        labels_results.SOFT_TOPK, lambda: kernel_results.machine(labels_results.SOFT_TOPK)
+    ),
+    "label-losses": measured(labels_results.SOFT_TOPK, labels_results.label_losses),
+    "label-cache": measured(labels_results.SOFT_TOPK, labels_results.label_cache),
+    "output-steps": measured(output_results.OUTPUT, output_results.output_steps),
+    "output-flat": measured(output_results.OUTPUT, output_results.output_flat),
+    "output-repairs": measured(output_results.OUTPUT, output_results.output_repairs),
+    "output-memory": measured(output_results.OUTPUT, output_results.output_memory),
+    "output-topk": measured(output_results.OUTPUT, output_results.output_topk),
+    "output-drift": measured(output_results.OUTPUT, output_results.output_drift),
+    "output-machine": measured(
+        output_results.OUTPUT, lambda: kernel_results.machine(output_results.OUTPUT)
+    ),
     "injectivity": lambda _: studies.injectivity_table(),
     "mqar": lambda _: studies.mqar_page(),
     "row-targets": lambda _: kernel_results.row_targets(("avx512",)),
@@ -150,9 +174,18 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "row-algorithms": lambda _: kernel_results.row_algorithms(),
     "row-memory": lambda _: kernel_results.row_memory(),
     "row-machine": lambda _: kernel_results.machine(kernel_results.ROWS),
-    "image-tables": of_images(all_tables),
-    "image-verdicts": of_images(verdicts),
-    "image-settings": of_images(settings_list),
+    "label-tags": compared(label_sets.TAGS, label_sets.label_set),
+    "label-tags-verdicts": compared(label_sets.TAGS, verdicts),
+    "label-tags-sentences": compared(label_sets.TAGS_SENTENCES, label_sets.label_set),
+    "label-dependencies": compared(label_sets.DEPENDENCIES, label_sets.label_set),
+    "label-dependencies-verdicts": compared(label_sets.DEPENDENCIES, verdicts),
+    "label-settings": compared(label_sets.TAGS, settings_list),
+    "word-tables": compared(WORDS, all_tables),
+    "word-verdicts": compared(WORDS, verdicts),
+    "word-settings": compared(WORDS, settings_list),
+    "image-tables": compared(IMAGES, all_tables),
+    "image-verdicts": compared(IMAGES, verdicts),
+    "image-settings": compared(IMAGES, settings_list),
     "loss-table": loss_table,
     "verdicts": verdicts,
     "all-tables": all_tables,
@@ -201,9 +234,12 @@ def main() -> None:
                 ours["attention_memory"] = kernel_results.attention_memory()
             if linear_results.LINEAR.exists():
                 ours["linear_lengths"] = linear_results.linear_lengths()
-        if IMAGES.exists():
-            drawn = plots.draw(Results.of_parquet(IMAGES))
-            ours |= {f"image_{name}": figure for name, figure in drawn.items()}
+            if output_results.OUTPUT.exists():
+                ours["output_steps"] = output_results.output_figure()
+        for kind, path in {"image": IMAGES, "label": label_sets.TAGS, "word": WORDS}.items():
+            if path.exists():
+                drawn = plots.draw(Results.of_parquet(path))
+                ours |= {f"{kind}_{name}": figure for name, figure in drawn.items()}
         plots.save(ours | plots.draw(results), DOCS / "figures")
 
 
