@@ -174,6 +174,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "row-algorithms": lambda _: kernel_results.row_algorithms(),
     "row-memory": lambda _: kernel_results.row_memory(),
     "row-machine": lambda _: kernel_results.machine(kernel_results.ROWS),
+    "label-summary": label_sets.summary,
     "label-tags": compared(label_sets.TAGS, label_sets.label_set),
     "label-tags-verdicts": compared(label_sets.TAGS, verdicts),
     "label-tags-sentences": compared(label_sets.TAGS_SENTENCES, label_sets.label_set),
