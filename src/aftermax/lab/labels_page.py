@@ -6,7 +6,16 @@ from rich.table import Table
 
 from aftermax import __version__
 from aftermax.lab.labels import MEMORY_BATCHES, told
-from aftermax.lab.page import Cell, Page, Tables, bold_if_best, cost_row, shared_settings, table
+from aftermax.lab.page import (
+    OUTPUT_COSTS,
+    Cell,
+    Page,
+    Tables,
+    bold_if_best,
+    cost_row,
+    shared_settings,
+    table,
+)
 from aftermax.lab.page import terminal_table as begin_terminal_table
 from aftermax.lab.results import Results
 
@@ -20,12 +29,7 @@ CAPTIONS = {
         "they are. R@100: of a document's labels, the share among the first hundred. Marks: the "
         "mean over seeds; whiskers: one standard deviation; dots above: each seed.",
     ),
-    "costs": (
-        "What it costs",
-        "Speed is that of the whole step, encoder included, measured side by side in one process, "
-        "interleaved; bars end at the median, whiskers at the lowest and highest round. Memory is "
-        "the peak that the forward and backward pass of some batches adds.",
-    ),
+    "costs": OUTPUT_COSTS,
 }
 
 

@@ -101,6 +101,15 @@ def cost_row(results: Results, entry: AnyArm, a_unit: int = 1, counted: bool = F
     return [Cell(entry.title), Cell(f"{rate:g}"), *map(Cell, costs)]
 
 
+OUTPUT_COSTS = (
+    "What it costs",
+    "Speed is that of the whole step, what is below the output layer included, measured side by "
+    "side in one process, interleaved; bars end at the median, whiskers at the lowest and highest "
+    "round. Memory is the peak that the forward and backward pass of some batches adds.",
+)
+"""Title and caption of the costs where output layers are compared."""
+
+
 def bold_if_best(cell: Cell) -> str:
     """For the terminal."""
     return f"[bold]{cell.text}[/bold]" if cell.best else cell.text

@@ -5,7 +5,16 @@ from __future__ import annotations
 from rich.table import Table
 
 from aftermax import __version__
-from aftermax.lab.page import Cell, Page, Tables, bold_if_best, cost_row, shared_settings, table
+from aftermax.lab.page import (
+    OUTPUT_COSTS,
+    Cell,
+    Page,
+    Tables,
+    bold_if_best,
+    cost_row,
+    shared_settings,
+    table,
+)
 from aftermax.lab.page import terminal_table as begin_terminal_table
 from aftermax.lab.results import Results
 from aftermax.lab.words import MEMORY_BATCHES, told
@@ -23,13 +32,7 @@ CAPTIONS = {
         "The error after the same number of steps, against the time of a pass over the training "
         "words on one thread, measured side by side. To the left and below is better.",
     ),
-    "costs": (
-        "What it costs",
-        "Speed is that of the whole step, the network below the output layer included, measured "
-        "side by side in one process, interleaved; bars end at the median, whiskers at the lowest "
-        "and highest round. Memory is the peak that the forward and backward pass of some batches "
-        "adds.",
-    ),
+    "costs": OUTPUT_COSTS,
 }
 
 
