@@ -6,8 +6,10 @@ import re
 import pytest
 
 from aftermax.lab import labels_page, plots, words_page
+from aftermax.lab.draw import look
 from aftermax.lab.imports import import_into
 from aftermax.lab.labels_work import LabelsWork
+from aftermax.lab.outputs import LABEL_OUTPUTS, WORD_OUTPUTS
 from aftermax.lab.report import settings, tables, terminal_table, write_report
 from aftermax.lab.results import Results
 from aftermax.lab.store import Store
@@ -90,6 +92,13 @@ def test_an_exported_work_is_imported_whole(out, results, tmp_path):
 
 def test_a_browser_shows_the_page_without_a_network(out, results, tmp_path):
     assert_shown_in_a_browser(out, len(PAGES[results.work.task].captions), tmp_path)
+
+
+def test_every_output_layer_has_a_look_of_its_own():
+    for work, outputs in ((LabelsWork(), LABEL_OUTPUTS), (WordsWork(), WORD_OUTPUTS)):
+        looks = [look(work.arm(output.name)) for output in outputs]
+        told = {(x["color"], x["marker"], x["linestyle"], x["markerfacecolor"]) for x in looks}
+        assert len(told) == len(outputs)
 
 
 def by_seed(*values: float) -> dict[int, float]:

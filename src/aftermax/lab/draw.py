@@ -79,6 +79,7 @@ OUTPUT_LOSSES = (
     "soft-topk",
     "log-taylor",
     "bce",
+    "decoupled-one",
 )
 """By the place of their colours."""
 
