@@ -237,11 +237,15 @@ def main() -> None:
                 ours["linear_lengths"] = linear_results.linear_lengths()
             if output_results.OUTPUT.exists():
                 ours["output_steps"] = output_results.output_figure()
+        plots.save(ours, DOCS / "figures")
+        plt.close("all")
         for kind, path in {"image": IMAGES, "label": label_sets.TAGS, "word": WORDS}.items():
             if path.exists():
                 drawn = plots.draw(Results.of_parquet(path))
-                ours |= {f"{kind}_{name}": figure for name, figure in drawn.items()}
-        plots.save(ours | plots.draw(results), DOCS / "figures")
+                named = {f"{kind}_{name}": figure for name, figure in drawn.items()}
+                plots.save(named, DOCS / "figures")
+                plt.close("all")
+        plots.save(plots.draw(results), DOCS / "figures")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def _look_of_output(entry: OutputArm) -> dict[str, Any]:
     own = COLOURS[place]
     return {
         "color": own,
-        "marker": MARKERS[place % len(MARKERS)],
+        "marker": "<" if entry.values else MARKERS[place % len(MARKERS)],
         "linestyle": ":" if entry.values else "--" if "/" in entry.name else "-",
         "markerfacecolor": "white" if "/" in entry.name else own,
     }

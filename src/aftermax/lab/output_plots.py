@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from aftermax.lab.draw import costs, dots, legend_below, look
 from aftermax.lab.results import Results
@@ -14,10 +15,10 @@ from aftermax.lab.words_page import epoch_seconds
 from aftermax.lab.words_work import TOP
 
 
-def word_errors(results: Results) -> Figure:
+def top_errors(results: Results) -> Figure:
     """Errors at k guesses, less those of the first output layer with the same seed."""
     figure, axis = plt.subplots(figsize=(8, 4.8))
-    base = results.arms[0].name
+    base, lowest, highest = results.arms[0].name, 0.0, 0.0
     for arm in results.arms[1:]:
         means, sds = [], []
         for k in TOP:
@@ -27,6 +28,7 @@ def word_errors(results: Results) -> Figure:
             sds.append(np.std(less, ddof=1) if len(less) > 1 else 0.0)
         style = look(arm)
         mean, sd = np.array(means), np.array(sds)
+        lowest, highest = min(lowest, mean.min()), max(highest, mean.max())
         axis.plot(TOP, mean, label=arm.title, **style)
         axis.fill_between(TOP, mean - sd, mean + sd, color=style["color"], alpha=0.1, linewidth=0)
     axis.axhline(0, color="#555555", linewidth=1)
@@ -34,6 +36,8 @@ def word_errors(results: Results) -> Figure:
         results.arms[0].title, (TOP[-1], 0), (0, 4), textcoords="offset points", ha="right",
         color="#555555", fontsize=8,
     )  # fmt: skip
+    room = 0.1 * (highest - lowest) + 0.1
+    axis.set_ylim(lowest - room, highest + room)  # a seed that broke must not flatten the others
     axis.set_xscale("log")
     axis.set_xticks(TOP, [str(k) for k in TOP])
     axis.minorticks_off()
@@ -56,6 +60,9 @@ def errors_and_time(results: Results) -> Figure:
                 label=arm.title, **look(arm) | {"linestyle": "none"},
             )  # fmt: skip
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.xaxis.set_minor_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.tick_params(axis="x", which="both", labelsize=8)
         axis.set_xlabel("time of an epoch (seconds, one thread)")
         axis.set_ylabel("words not among the guesses (%)")
         axis.set_title("First guess" if k == 1 else f"First {k} guesses")
@@ -68,7 +75,7 @@ def output_costs(results: Results) -> Figure:
 
 
 WORDS: dict[str, Callable[[Results], Figure]] = {
-    "word_errors": word_errors,
+    "top_errors": top_errors,
     "errors_and_time": errors_and_time,
     "costs": output_costs,
 }

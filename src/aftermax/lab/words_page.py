@@ -22,7 +22,7 @@ from aftermax.lab.words_work import TOP
 from aftermax.lab.work import AnyArm
 
 CAPTIONS = {
-    "word_errors": (
+    "top_errors": (
         "Words that are not among the first k guesses",
         "Less the error of the first output layer at the same k and seed, in points: below 0 is "
         "better than it. Marks: the mean over seeds; shades: one standard deviation.",
