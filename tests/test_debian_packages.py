@@ -274,3 +274,11 @@ def test_names_with_their_words():
     assert named("python3-numpy") == "python3-numpy (python numpy)"
     assert named("lib32gcc-s1") == "lib32gcc-s1 (lib gcc s)"
     assert named("gcc") == "gcc"
+
+
+def test_descriptions_of_a_family_stand_in_one_split_and_a_paragraph_once(lists):
+    splits = source.descriptions(lists)
+    texts = [p for docs in splits.values() for d in docs for p in d.text.decode().split("\n\n")]
+    assert len(texts) == len(set(texts)) > 3
+    names = [{d.name for d in docs} for docs in splits.values()]
+    assert sum(map(len, names)) == len(set.union(*names))

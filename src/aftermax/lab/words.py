@@ -38,7 +38,8 @@ def open_data(folder: Path) -> Words:
 def about(words: Words) -> dict:
     sizes = {split: len(stream) for split, stream in words.streams.items()}
     unknown = words.counts[words.unknown].item() / sizes["train"]
-    own = {"words": sizes, "classes": len(words.vocabulary), "unknown": unknown}
+    held_out = len(words.known("validation"))
+    own = {"words": sizes, "classes": len(words.vocabulary), "unknown": unknown, "asked": held_out}
     return {"name": words.name, "digest": words.digest, **own}
 
 

@@ -54,7 +54,7 @@ class WordsWork(AnyWork):
     samples: int = 1024
     """Classes that sampled softmax draws for a batch."""
 
-    steps: int = 1000
+    steps: int = 600
     batch: int = 128
     warmup: float = 0.02
     """Share of the steps in which the learning rate rises."""
@@ -117,9 +117,9 @@ _STANDARD = dataclasses.replace(
         "z-loss/0.1/30",
         "log-taylor",
     ),
-    steps=1500,
+    steps=1000,
     learning_rates=(0.5, 1.0, 2.0),
-    search_steps=500,
+    search_steps=300,
     seeds=(0, 1, 2),
 )
 PRESETS = {

@@ -156,14 +156,26 @@ def has_lists(folder: Path) -> bool:
     return any(folder.glob("*_Packages*"))
 
 
-def descriptions(lists: Path | None = None) -> list[Document]:
-    """Every package's description as running text.
+def descriptions(lists: Path | None = None) -> dict[str, list[Document]]:
+    """The descriptions as running text, by split: of a family all in one, each paragraph once.
+
+    What is built from one source says much in the same words; a paragraph that training has would
+    be learned by heart.
 
     Raises:
         As `read`.
     """
     packages = _packages(find(SYSTEM_LISTS if lists is None else lists))
-    return [Document(p.name, p.text.encode()) for p in packages]
+    of_split = {split: [p for p in packages if split_of(p.source) == split] for split in SPLITS}
+    seen: set[str] = set()
+    splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    for split, parts in of_split.items():
+        for package in parts:
+            new = [text for text in package.text.split("\n\n") if text.strip() not in seen]
+            seen |= {text.strip() for text in new}
+            if new:
+                splits[split].append(Document(package.name, "\n\n".join(new).encode()))
+    return splits
 
 
 def find(folder: Path) -> Lists:

@@ -47,6 +47,10 @@ class Words:
     def unknown(self) -> int:
         return self.vocabulary.index(UNKNOWN)
 
+    def known(self, split: str) -> Tensor:
+        """Places of the words that can be asked for."""
+        return (self.streams[split] != self.unknown).nonzero()[:, 0]
+
     def random_windows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
         """(count, length) windows of the training stream whose last word is known."""
         stream = self.streams["train"]
@@ -58,8 +62,10 @@ class Words:
     def held_out_windows(self, split: str, count: int, length: int) -> Tensor:
         """(count, length) windows, evenly spaced, whose last word is known."""
         stream = self.streams[split]
-        last = (stream != self.unknown).nonzero()[:, 0]
+        last = self.known(split)
         last = last[last >= length - 1]
+        if not len(last):
+            raise ValueError(f"{self.name}: its {split} part has no word that training knows")
         chosen = last[torch.linspace(0, len(last) - 1, min(count, len(last))).long()]
         return stream[chosen[:, None] + torch.arange(1 - length, 1)].long()
 
@@ -78,12 +84,12 @@ def prepare(data: Path | None, least: int, shortest: int, out: Path) -> Words:
         ValueError, OSError: before anything is kept, saying what is wrong with the data.
     """
     packages = data is None or has_lists(data)
-    documents = descriptions(data) if packages else read_documents(data)
+    documents = _of_packages(data) if packages else _split(read_documents(data))
     digest = _digest(documents, least)
     folder = out / digest
     if not folder.exists():
         name = "Debian's package descriptions" if packages else str(data)
-        splits = {split: [_words(d) for d in parts] for split, parts in _split(documents).items()}
+        splits = {split: [_words(d) for d in parts] for split, parts in documents.items()}
         for split, parts in splits.items():
             if (found := sum(map(len, parts))) < shortest:
                 raise ValueError(
@@ -93,6 +99,11 @@ def prepare(data: Path | None, least: int, shortest: int, out: Path) -> Words:
         meta = {"name": name, "digest": digest}
         write_once(folder, lambda scratch: _write(splits, least, meta, scratch))
     return Words.open(folder)
+
+
+def _of_packages(lists: Path | None) -> dict[str, list[Document]]:
+    found = descriptions(lists)
+    return {split: found["test" if split == "validation" else split] for split in SPLITS}
 
 
 def _split(documents: list[Document]) -> dict[str, list[Document]]:
@@ -123,8 +134,10 @@ def _write(splits: dict[str, list[list[str]]], least: int, meta: dict, folder: P
     (folder / "meta.json").write_text(json.dumps(meta, indent=2))
 
 
-def _digest(documents: list[Document], least: int) -> str:
-    content = hashlib.sha256(f"1 {least} {SPLITS}".encode())
-    for document in documents:
-        content.update(f"{document.name} {len(document.text)}\n".encode() + document.text)
+def _digest(splits: dict[str, list[Document]], least: int) -> str:
+    content = hashlib.sha256(f"2 {least}".encode())
+    for split, documents in splits.items():
+        for document in documents:
+            head = f"{split} {document.name} {len(document.text)}\n"
+            content.update(head.encode() + document.text)
     return content.hexdigest()[:12]
