@@ -157,11 +157,41 @@ def test_the_loop_writes_what_the_report_reads(work, held, tmp_path):
         ({"temperature": 0.0}, "temperature is above 0, got 0.0"),
         ({"hidden": -1}, "hidden is 0 or more, got -1"),
         ({"k": 0}, "k must be at least 1, got 0"),
+        ({"least": -1}, "least is 0 or more, got -1"),
     ],
 )
 def test_a_work_that_cannot_be_is_told(changes, said):
     with pytest.raises(ValueError, match=said):
         LabelsWork(**changes)
+
+
+def test_a_set_of_the_repository_stays_whole(held, work, tmp_path):
+    assert held.about["dropped"]["labels"] == 0
+    fewer = labels.prepare(dataclasses.replace(work, least=27), tmp_path)
+    assert 0 < fewer.labels < held.labels
+    assert f"{fewer.about['dropped']['labels']} rare labels left out" in labels.told(
+        labels.about(fewer)
+    )
+
+
+def test_what_a_set_does_not_have_is_told_before_anything_is_trained(work, tmp_path):
+    for given in ({"names": True}, {"labels": "dependencies"}):
+        with pytest.raises(ValueError, match="--labels and --names are of Debian's packages"):
+            labels.prepare(dataclasses.replace(work, **given), tmp_path)
+    folder = tmp_path / "features"
+    folder.mkdir()
+    lines = [f"{i % 3} {i % 4}:1.0" for i in range(30)]
+    for name in ("train.txt", "test.txt"):
+        (folder / name).write_text("\n".join(["30 4 3", *lines]) + "\n")
+    bare = dataclasses.replace(work, data=folder, systems=("bce", "dual/bce"))
+    with pytest.raises(ValueError, match=r"no texts of its labels.*--systems bce takes it"):
+        labels.prepare(bare, tmp_path / "out")
+    read = dataclasses.replace(bare, systems=("bce",), encoder="transformer", heads=2)
+    with pytest.raises(ValueError, match="bags of features"):
+        labels.prepare(read, tmp_path / "out")
+    features = labels.prepare(dataclasses.replace(bare, systems=("bce",)), tmp_path / "out")
+    model = trained(run_of(dataclasses.replace(bare, systems=("bce",)), features, "bce"), features)
+    assert labels.ranked(model, features, "test")["P@1"] > 0.3
 
 
 def test_a_work_comes_back_from_its_settings():

@@ -138,6 +138,21 @@ def test_the_factored_layer_steps_with_the_optimiser(work, held):
     assert make_optimiser(model, run) is not optimiser
 
 
+def test_a_factored_layer_decays_with_adamw(work, held):
+    norms = []
+    for decay in (0.0, 10.0):
+        changed = dataclasses.replace(
+            work, systems=("z-loss/adamw",), weight_decay=decay, factored_rate=1e-6
+        )
+        run = run_of(changed, held, "z-loss/adamw", learning_rate=10.0)
+        model, optimiser = build(run, held)
+        before = model.head.layer.weight.norm()
+        train_step(model, optimiser, batch(run, held, 0), run, 20)
+        norms.append((model.head.layer.weight.norm() / before).item())
+    assert norms[0] == pytest.approx(1, abs=1e-4)
+    assert norms[1] == pytest.approx(1 - optimiser.param_groups[0]["lr"] * 10.0, abs=1e-4)
+
+
 @pytest.mark.parametrize("system", ["softmax", "softmax/adamw", "sampled", "z-loss"])
 def test_a_stopped_run_goes_on_to_the_same_numbers(work, held, tmp_path, system):
     work = dataclasses.replace(work, steps=30)
@@ -171,6 +186,7 @@ def test_the_loop_writes_what_the_report_reads(work, held, tmp_path):
         ({"systems": ("z-loss/x/1",)}, "z-loss/x/1: a and b are numbers, as in z-loss/0.1/30"),
         ({"systems": ("z-loss/0/1",)}, "z-loss/0/1: a is above 0"),
         ({"a": 0.0}, "a is above 0, got 0.0"),
+        ({"weight_decay": 0.1}, "weight_decay is AdamW's; softmax, adaptive"),
         ({"window": 0}, "window must be at least 1, got 0"),
     ],
 )

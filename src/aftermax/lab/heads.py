@@ -76,6 +76,8 @@ class Adaptive(Head):
     def __init__(self, width: int, counts: Tensor):
         super().__init__()
         classes = len(counts)
+        if classes < 3:
+            raise ValueError(f"adaptive softmax needs 3 classes or more, got {classes}")
         cutoffs = sorted({min(2000, max(1, classes // 10)), min(10000, max(2, classes // 3))})
         narrower = min(4.0, width**0.5)  # the last cluster keeps one number at least
         self.softmax = nn.AdaptiveLogSoftmaxWithLoss(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aftermax.lab import encoders, heads, ranking
 from aftermax.lab.data import debian_packages, xmc
-from aftermax.lab.data.labelled import LabelledTexts, Source
+from aftermax.lab.data.labelled import LabelledTexts
 from aftermax.lab.data.labelled import prepare as prepare_texts
 from aftermax.lab.labels_work import LabelsWork
 from aftermax.lab.models import DualEncoder
@@ -32,17 +32,33 @@ MEMORY_BATCHES = 4
 
 
 def prepare(work: LabelsWork, out: Path) -> LabelledTexts:
-    held = prepare_texts(source(work), out, least=work.least)
+    packages = work.data is None or debian_packages.has_lists(work.data)
+    if packages:
+        found = debian_packages.read(work.labels, work.data, names=work.names)
+    elif work.names or work.labels != "tags":
+        raise ValueError(f"--labels and --names are of Debian's packages, not of {work.data}")
+    else:
+        assert work.data is not None
+        found = xmc.read(work.data)
+    # the Repository's sets stay whole, so that figures compare with others'
+    least = (2 if packages else 0) if work.least is None else work.least
+    held = prepare_texts(found, out, least=least)
+    _check(work, held)
     if work.sentences is not None:
         encoders.encode_once(held, work.sentences)
     return held
 
 
-def source(work: LabelsWork) -> Source:
-    """apt's lists where `data` is a folder of them, or none is given; else the Repository's."""
-    if work.data is None or debian_packages.has_lists(work.data):
-        return debian_packages.read(work.labels, work.data, names=work.names)
-    return xmc.read(work.data)
+def _check(work: LabelsWork, held: LabelledTexts) -> None:
+    """What the systems and the encoder read must be there."""
+    if held.label_tokens is None and any(s.startswith("dual/") for s in work.systems):
+        others = " ".join(s for s in work.systems if not s.startswith("dual/"))
+        raise ValueError(
+            f"{held.name} has no texts of its labels, which dual encoders read; --systems "
+            f"{others or 'softmax bce'} takes it"
+        )
+    if work.encoder == "transformer":
+        encoders.TokenReader(held, work.words)
 
 
 def open_data(folder: Path) -> LabelledTexts:
@@ -55,9 +71,13 @@ def about(held: LabelledTexts) -> dict:
 
 def told(about: dict) -> str:
     counts = ", ".join(f"{count:,} {split}" for split, count in about["documents"].items())
+    gone = about["dropped"]
+    rare = f"; {gone['labels']:,} rare labels left out" if gone["labels"] else ""
+    without = sum(gone["documents"].values())
+    empty = f", {without:,} documents without any other" if without else ""
     return (
         f"labels: {about['name']}, {about['labels']:,} labels, "
-        f"{about['labels_per_document']:.1f} a document ({counts})"
+        f"{about['labels_per_document']:.1f} a document ({counts}{rare}{empty})"
     )
 
 

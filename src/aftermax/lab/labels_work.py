@@ -34,8 +34,9 @@ class LabelsWork(AnyWork):
     """Of Debian's packages: their tags, or the packages that they depend on, or recommend."""
     names: bool = False
     """Read the name of a package before its description."""
-    least: int = 2
-    """Labels that fewer documents of the training split have are left out."""
+    least: int | None = None
+    """Labels that fewer documents of the training split have are left out; by default 2 of Debian's
+    packages and 0 of the Repository's sets."""
 
     encoder: str = "bag"
     """bag (embeddings of the words, weighted by TF-IDF), transformer (from scratch), the name or
@@ -87,7 +88,7 @@ class LabelsWork(AnyWork):
     """Threads of each run. Part of the work: sums depend on it in the last bit."""
 
     def __post_init__(self):
-        self.check("least", "width", "layers", "heads", "words", "k", "samples")
+        self.check("width", "layers", "heads", "words", "k", "samples")
         if self.encoder == "transformer" and (
             self.width % self.heads or self.width // self.heads % 2
         ):
@@ -100,8 +101,9 @@ class LabelsWork(AnyWork):
         for name in ("temperature", "alpha", "a", "factored_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is above 0, got {getattr(self, name)}")
-        if self.hidden < 0:
-            raise ValueError(f"hidden is 0 or more, got {self.hidden}")
+        for name in ("hidden", "least"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} is 0 or more, got {getattr(self, name)}")
 
     def arm(self, name: str) -> OutputArm:
         return OutputArm(name, find(name, LABEL_OUTPUTS))

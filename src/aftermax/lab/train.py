@@ -100,12 +100,15 @@ def make_optimiser(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     else:
         optimiser = _adamw(model, work)
     scale = work.factored_rate / run.arm.rate_scale
-    layers = [layer for layer in model.modules() if isinstance(layer, FactoredLinear)]
+    decay = work.weight_decay / scale  # of the rate of the optimiser, as AdamW's
+    layers: list[FactoredLinear] = [
+        layer for layer in model.modules() if isinstance(layer, FactoredLinear)
+    ]
 
     def step_too(after: torch.optim.Optimizer, *_: Any) -> None:
         for layer in layers:
             if math.isfinite(layer.grad_norm()):
-                layer.step(scale * after.param_groups[0]["lr"])
+                layer.step(scale * after.param_groups[0]["lr"], weight_decay=decay)
             else:  # the run has diverged, which the loop sees by its loss
                 layer.zero_grad()
 

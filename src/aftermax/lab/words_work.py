@@ -72,6 +72,12 @@ class WordsWork(AnyWork):
 
     def __post_init__(self):
         self.check("least", "window", "embedding", "hidden", "width", "samples", "scored")
+        plain = [name for name in self.systems if self.arm(name).optimiser == "sgd"]
+        if self.weight_decay and plain:
+            raise ValueError(
+                f"weight_decay is AdamW's; {', '.join(plain)} are trained by plain SGD on sparse "
+                "gradients, which takes none"
+            )
         for name in ("a", "factored_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is above 0, got {getattr(self, name)}")

@@ -177,7 +177,6 @@ class FactoredLinear(nn.Module):
             loss = loss.new_zeros(counted.shape).masked_scatter(counted, loss)
         return loss.reshape(hidden.shape[:-1])
 
-    @torch.compiler.disable
     def step(self, lr: float, *, weight_decay: float = 0.0, max_norm: float | None = None) -> None:
         """W <- (1 - lr weight_decay) W - lr g, g = dL/dW: SGD as `torch.optim.SGD` makes it.
 
@@ -196,6 +195,10 @@ class FactoredLinear(nn.Module):
             RuntimeError: if no loss went backward since the last step, if the weights were loaded
                 or moved since, or if g is not finite. The weights stay as they were.
         """
+        self._step(lr, weight_decay, max_norm)
+
+    @torch.compiler.disable
+    def _step(self, lr: float, weight_decay: float, max_norm: float | None) -> None:
         if not (lr >= 0 and weight_decay >= 0 and lr * weight_decay < 1):
             raise ValueError(
                 f"FactoredLinear.step: lr={lr}, weight_decay={weight_decay}; both must be at least"
