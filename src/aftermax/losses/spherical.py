@@ -28,6 +28,9 @@ from aftermax.losses.zloss import (
     reduced,
 )
 
+eager: Any = torch.compiler.disable
+"""Not part of a compiled graph."""
+
 CONDITION_LIMITS = {torch.float32: 10.0, torch.float64: 1e4}
 """How large ||U|| ||U^-1|| / d may grow: rounding of W grows with it, and so does the time between
 two repairs, by its logarithm."""
@@ -135,7 +138,7 @@ class FactoredLinear(nn.Module):
 
     # -- a training step
 
-    @torch.compiler.disable  # it keeps a gradient aside, which no graph can hold
+    @eager  # it keeps a gradient aside, which no graph can hold
     def forward(
         self,
         hidden: Tensor,
@@ -197,7 +200,7 @@ class FactoredLinear(nn.Module):
         """
         self._step(lr, weight_decay, max_norm)
 
-    @torch.compiler.disable
+    @eager
     def _step(self, lr: float, weight_decay: float, max_norm: float | None) -> None:
         if not (lr >= 0 and weight_decay >= 0 and lr * weight_decay < 1):
             raise ValueError(
