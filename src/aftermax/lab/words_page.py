@@ -86,7 +86,7 @@ def settings(results: Results) -> dict[str, str]:
         "learning rate": said["learning rate"],
         "seeds": said["seeds"],
         "diverged": said["diverged"],
-        "scored": f"{min(work.scored, results.data.get('asked', work.scored)):,} held-out words, evenly spaced",
+        "scored": f"{min(work.scored, results.data['asked']):,} held-out words, evenly spaced",
         "machine": said["machine"],
     }
 
