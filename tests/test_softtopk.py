@@ -373,3 +373,23 @@ def test_what_does_not_fit_is_said():
         soft_topk(torch.arange(4), 2)
     with pytest.raises(ValueError, match="k='all'"):
         soft_topk_loss(scores, torch.eye(3, 4).bool(), k="all")
+
+
+PEAKED = ([100.0, 50.0, 0.0, -30.0], [20.0, -20.0, 0.0, -1.0], [1000.0, 0.0, 0.0, -1000.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("row", PEAKED)
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_gradient_is_the_same_when_a_graph_of_it_is_wanted(row, k, dtype):
+    scores = torch.tensor([row], dtype=dtype, requires_grad=True)
+    weight = torch.arange(1, 5, dtype=dtype)
+    ways = {
+        "value": lambda: (soft_topk(scores, k, alpha=2.0) * weight).sum(),
+        "log": lambda: (log_soft_topk(scores, k, alpha=2.0) * weight).sum(),
+        "loss": lambda: soft_topk_loss(scores, torch.tensor([[1, 3]]), k=k, alpha=2.0),
+    }
+    for name, way in ways.items():
+        (plain,) = torch.autograd.grad(way(), scores)
+        (graph,) = torch.autograd.grad(way(), scores, create_graph=True)
+        assert_close(graph.detach(), plain, msg=lambda said, name=name: f"{name}: {said}")

@@ -349,13 +349,12 @@ class _SoftTopK(torch.autograd.Function):
 
 
 def _graph(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient, written in terms of y, which has derivatives itself."""
-    scores, k, visible, _, _ = ctx.saved_tensors
-    y = _SoftTopK.apply(scores, k, visible, ctx.alpha, False).to(k.dtype)
-    q, total = _portions_of(y)
+    """The gradient, written in terms of log y, which has derivatives itself."""
+    scores, k, visible, centre, shift = ctx.saved_tensors
+    q, total, rest = _portions_of(scores, k, visible, ctx.alpha, centre, shift)
     if ctx.log:
         hidden = scores == -torch.inf if visible is None else ~visible | (scores == -torch.inf)
-        own = torch.where(hidden, 0, (1 - y) * grad)
+        own = torch.where(hidden, 0, rest * grad)
         mean = own.sum(1, keepdim=True)
         of_k = mean / torch.where(total > 0, total, 1)
         return (ctx.alpha * (own - q * mean)).to(scores.dtype), of_k.squeeze(1)
@@ -364,10 +363,30 @@ def _graph(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return (ctx.alpha * total * q * (g - mean)).to(scores.dtype), mean.squeeze(1)
 
 
-def _portions_of(y: Tensor) -> tuple[Tensor, Tensor]:
-    v = y * (1 - y)
+def _portions_of(
+    scores: Tensor,
+    k: Tensor,
+    visible: Tensor | None,
+    alpha: float,
+    centre: Tensor,
+    shift: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`portions` and 1 - y, all with derivatives.
+
+    From log y, which still tells how far from 1 a y is that has rounded to it. Rows that are lost
+    even so have the value of `portions` and no further derivative.
+    """
+    log_y = _SoftTopK.apply(scores.to(k.dtype), k, visible, alpha, True)
+    rest = -torch.expm1(log_y)
+    v = log_y.exp() * rest
     total = v.sum(1, keepdim=True)
-    return v / torch.where(total > 0, total, 1), total
+    with torch.no_grad():
+        everything = slice(0, len(scores))
+        z = inner(hidden_block(scores, everything, visible), centre, shift, alpha)
+        fixed, whole = portions(z, shift)
+    lost = _lost(whole, shift)
+    q = torch.where(lost, fixed, v / torch.where(total > 0, total, 1))
+    return q, total, rest
 
 
 class _Picked(torch.autograd.Function):
@@ -399,9 +418,8 @@ class _Picked(torch.autograd.Function):
             seen = torch.zeros_like(scores, dtype=torch.int8)
             seen = seen.scatter_add(1, index, out.to(torch.int8)) == 0
             seen = seen if visible is None else seen & visible
-            y = _SoftTopK.apply(scores, k, seen, ctx.alpha, False).to(k.dtype)
-            q, _ = _portions_of(y)
-            own = torch.zeros_like(y).scatter_add(1, index, grad)
+            q, _, _ = _portions_of(scores, k, seen, ctx.alpha, centre, shift)
+            own = torch.zeros_like(q).scatter_add(1, index, grad)
             return (ctx.alpha * (own - q * grad.sum(1, keepdim=True))).to(scores.dtype), *none
         of_scores = torch.empty_like(scores)
         for rows in marks.blocks(scores):
