@@ -130,6 +130,8 @@ def test_in_a_batch_a_dual_encoder_is_told_from_its_own_labels_alone():
 def test_binary_classifiers_begin_with_how_frequent_their_labels_are(name):
     head = heads.of_labels(name, LabelsWork(width=WIDTH), COUNTS, 200, lambda ids: None)
     assert_close(head.bias.sigmoid(), (COUNTS + 0.5) / 201)
+    none = LabelsWork(width=WIDTH, prior=False)
+    assert not heads.of_labels(name, none, COUNTS, 200, lambda ids: None).bias.any()
 
 
 def test_parameters_count_what_a_factored_layer_stands_for():

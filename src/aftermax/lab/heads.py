@@ -287,6 +287,8 @@ def of_labels(
     share = (counts + 0.5) / (documents + 1)
     # what is known of a label before its text: AdamW would be long on the way to it
     prior = share.logit() if loss == "bce" else share.log()
+    if not work.prior:
+        prior = torch.zeros_like(prior)
     if output.startswith("dual/"):
         return Dual(labels, rule(loss, work), prior, work.negatives == "all")
     made: dict[str, Callable[[], Head]] = {

@@ -59,6 +59,8 @@ class LabelsWork(AnyWork):
     """Share of the numbers of a text's vector that are 0 in training."""
     temperature: float = 0.05
     """The cosine of document and label is divided by it; learned from here on."""
+    prior: bool = True
+    """The bias of a label begins at the logarithm of how frequent it is, rather than at 0."""
     negatives: Literal["all", "batch"] = "all"
     """What a dual encoder tells the right labels from: all labels, or those of the batch."""
     k: int = 5
