@@ -320,3 +320,11 @@ def test_what_does_not_fit_is_said(loss, naive):
         loss(scores[0], positives[0])
     with pytest.raises(IndexError, match="columns 0 to 3"):
         loss(scores, torch.tensor([[4], [0], [0]]))
+
+
+@pytest.mark.parametrize("positives", [torch.full((2, 1), -1), torch.zeros(2, 0).bool()])
+def test_no_labels_at_all_is_a_loss_of_nothing(positives):
+    scores = torch.zeros(2, 0, requires_grad=True)
+    for loss in (decoupled_softmax_loss, coupled_softmax_loss, one_vs_all_loss):
+        loss(scores, positives, reduction="sum").backward()
+        assert loss(scores, positives, reduction="none").tolist() == [0, 0]

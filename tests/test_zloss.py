@@ -245,3 +245,13 @@ def test_the_other_z_loss_is_another():
 def test_errors(call, error, words):
     with pytest.raises(error, match=words):
         call(normal(3, 5), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("target", [[1, -100], [[1, 0], [-1, -1]]])
+def test_what_an_ignored_row_holds_does_not_matter(target):
+    logits = torch.tensor([[1.0, 2.0, 0.5], [math.nan, 1.0, math.inf]], requires_grad=True)
+    loss = z_score_loss(logits, torch.tensor(target))
+    loss.backward()
+    assert_close(loss, z_score_loss(logits[:1], torch.tensor(target[:1])))
+    assert logits.grad[0].isfinite().all()
+    assert logits.grad[1].eq(0).all()

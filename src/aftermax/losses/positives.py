@@ -162,6 +162,8 @@ def by_index(
                 " none"
             )
         known[:, 1:] &= index[:, 1:] != index[:, :-1]
+        if not scores.shape[1]:  # an empty shard has no column to fill up with
+            index, known = index[:, :0], known[:, :0]
     if visible is not None and index.numel():
         known = known & visible.expand(scores.shape).gather(1, index.clamp_min(0))
     index = index.masked_fill(~known, 0)

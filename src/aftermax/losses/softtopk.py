@@ -48,7 +48,7 @@ def soft_topk(
             all of them are 1.
 
     Returns:
-        The shape and dtype of scores. A row that holds NaN is NaN, and so is one with more than k
+        The shape and dtype of scores. A row that holds NaN is NaN, and so is one with k or more
         scores of +inf; fewer are 1.
 
     Raises:

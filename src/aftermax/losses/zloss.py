@@ -152,7 +152,9 @@ def z_score_loss(
 
     mean and std are those of row i over its classes, c is its target (arXiv:1604.08859). The loss
     does not change when a number is added to the logits or they are multiplied by one; their
-    gradient sums to zero and is orthogonal to them. It gives a ranking, not probabilities.
+    gradient sums to zero and is orthogonal to them. It gives a ranking, not probabilities. (Within
+    the range of floats: a variance that overflows, from logits of 1e19 on in float32, or
+    underflows, counts as that of equal logits.)
 
     This is not the "z-loss" of trainers, lambda logsumexp(o)^2 beside a cross-entropy: that is
     `aftermax.cross_entropy(..., lse_square_scale=lambda)`.
@@ -246,6 +248,7 @@ def _dense(
     several = target.ndim == input.ndim
     target = target.movedim(dim, -1) if several else target[..., None]
     labelled = find_labels(name, target, logits.shape[-1], ignore_index, several=several)
+    logits = logits.where(labelled.any(-1, keepdim=True), 0)  # a row that does not count may be NaN
     chosen = logits.gather(-1, target.where(labelled, 0))
     variance, mean = torch.var_mean(logits, -1, correction=0, keepdim=True)
     each = loss.from_moments(mean, variance, chosen, logits.shape[-1])
