@@ -134,7 +134,7 @@ DUAL = (
     Output(
         "dual/bce",
         "dual encoder, BCE",
-        BCE.formula + ", with one bias for all",
+        BCE.formula,
         "the one-vs-all loss on a dual encoder, in the DEXML paper",
         "2310.10636",
         "Trains poorly on a dual encoder.",
