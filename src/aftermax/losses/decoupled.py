@@ -43,7 +43,7 @@ def decoupled_softmax_loss(
     reduction: str = "mean",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """loss_i = 1/|P| sum_{p in P} log(1 + sum_{n in N} e^(s_n - s_p))
+    """loss_i = mean_{p in P} log(1 + sum_{n in N} e^(s_n - s_p))
 
     with P the positives of row i and N all other visible labels that are no positives.
 
@@ -97,11 +97,11 @@ def coupled_softmax_loss(
     reduction: str = "mean",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """loss_i = log(sum_j e^(s_j)) - 1/|P| sum_{p in P} s_p, over all visible labels j
+    """loss_i = log(sum_j e^(s_j)) - mean_{p in P} s_p, over all visible labels j
 
     The usual contrastive loss (InfoNCE, arXiv:1807.03748) with several positives: cross-entropy
-    against 1/|P| at each of them. Arguments as `decoupled_softmax_loss`; with `sample` the other
-    positives take no part in the sum, and with sample=1 it is the decoupled loss.
+    against an equal share for each of them. Arguments as `decoupled_softmax_loss`; with `sample`
+    the other positives take no part in the sum, and with sample=1 it is the decoupled loss.
 
     >>> scores = torch.tensor([[6.0, 0.0, 0.0, 0.0, 0.0, 0.0]], requires_grad=True)
     >>> coupled_softmax_loss(scores, torch.tensor([[0, 1, 2]])).backward()

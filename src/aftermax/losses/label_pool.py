@@ -21,9 +21,9 @@ Tower = Tensor | tuple[Encoder, Sequence[Any]]
 
 
 def cached_backward(loss: Callable[..., Tensor], *towers: Tower) -> Tensor:
-    """loss(*embeddings), backpropagated to the parameters of all towers, a chunk at a time.
+    """``loss(*embeddings)``, backpropagated to the parameters of all towers, a chunk at a time.
 
-    The gradients are added to `.grad`, and are those of plain autograd over
+    The gradients are added to `.grad`, and are those of plain autograd over::
 
         loss(*(torch.cat([encode(chunk) for chunk in chunks]) for encode, chunks in towers))
 

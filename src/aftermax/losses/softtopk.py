@@ -95,7 +95,7 @@ def soft_topk_loss(
     reduction: str = "mean",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """loss_i = -1/|P| sum_{p in P} log sigmoid(alpha (s_p + t)), sum_j sigmoid(alpha (s_j + t)) = k
+    """loss_i = -mean_{p in P} log sigmoid(alpha (s_p + t)), sum_j sigmoid(alpha (s_j + t)) = k
 
     It asks that the positives be among the first k, in no order, and does not care which negatives
     take the places that are left. The scores are read in blocks of rows; the backward pass makes
