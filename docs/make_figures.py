@@ -181,6 +181,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "label-dependencies": compared(label_sets.DEPENDENCIES, label_sets.label_set),
     "label-dependencies-verdicts": compared(label_sets.DEPENDENCIES, verdicts),
     "label-settings": compared(label_sets.TAGS, settings_list),
+    "word-summary": compared(WORDS, output_results.word_summary),
     "word-tables": compared(WORDS, all_tables),
     "word-verdicts": compared(WORDS, verdicts),
     "word-settings": compared(WORDS, settings_list),

@@ -9,6 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from aftermax.lab import plots
+from aftermax.lab.results import Results
+from aftermax.lab.words_page import epoch_seconds
 
 OUTPUT = Path(__file__).parent / "results" / "output.json"
 VOCABULARY = 793_471
@@ -102,6 +104,22 @@ def output_drift() -> str:
                 f" {line['repairs']:,} |"
             )
     return "\n".join(table)
+
+
+def word_summary(results: Results) -> str:
+    """Errors at a few k, and the time of an epoch."""
+    shown = (1, 10, 100)
+    lines = [
+        f"| | {' | '.join(f'k = {k}' for k in shown)} | epoch, seconds |",
+        f"| --- |{' --: |' * (len(shown) + 1)}",
+    ]
+    for arm in results.arms:
+        errors = [results.at(arm.name, f"top{k}_error", 1) for k in shown]
+        cells = ["–" if e is None else e.times(100).text(1) for e in errors]
+        seconds = epoch_seconds(results, arm)
+        cells.append("–" if seconds is None else f"{seconds:,.0f}")
+        lines.append(f"| {arm.title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def output_figure() -> Figure:
