@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aftermax.catalogue import CATALOGUE
-from aftermax.lab.outputs import OutputArm
+from aftermax.lab.outputs import LOSSES, OutputArm, loss_of
 from aftermax.lab.results import Results
 from aftermax.lab.work import Arm
 
@@ -58,8 +58,7 @@ def look(entry: Any) -> dict[str, Any]:
 def _look_of_output(entry: OutputArm) -> dict[str, Any]:
     """Colour by the loss, the same in one layer as in another; dashes and a hollow marker where a
     trait or the layer is not the usual one."""
-    loss = entry.name.removeprefix("dual/").split("/")[0]
-    place = OUTPUT_LOSSES.index("softmax" if loss == "infonce" else loss)
+    place = LOSSES.index(loss_of(entry.entry))
     own = COLOURS[place]
     return {
         "color": own,
@@ -67,21 +66,6 @@ def _look_of_output(entry: OutputArm) -> dict[str, Any]:
         "linestyle": ":" if entry.values else "--" if "/" in entry.name else "-",
         "markerfacecolor": "white" if "/" in entry.name else own,
     }
-
-
-OUTPUT_LOSSES = (
-    "softmax",
-    "adaptive",
-    "z-loss",
-    "decoupled",
-    "hierarchical",
-    "sampled",
-    "soft-topk",
-    "log-taylor",
-    "bce",
-    "decoupled-one",
-)
-"""By the place of their colours."""
 
 
 def costs(results: Results, unit: str = "tokens") -> Figure:

@@ -164,3 +164,13 @@ DUAL = (
     ),
 )
 LABEL_OUTPUTS = ONE_VS_ALL + DUAL
+
+
+def loss_of(output: Output) -> str:
+    """The same in whatever layer; InfoNCE is the softmax of a dual encoder."""
+    loss = output.name.removeprefix("dual/")
+    return "softmax" if loss == "infonce" else loss
+
+
+LOSSES = tuple(dict.fromkeys(map(loss_of, WORD_OUTPUTS + LABEL_OUTPUTS)))
+"""Each has a colour, by its place here."""
