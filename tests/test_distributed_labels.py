@@ -3,6 +3,7 @@
 import os
 import traceback
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,7 +272,10 @@ def run_all(rank, folder):
 def results(tmp_path_factory):
     """What each rank said of each run: two processes for all of them, since they start slowly."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_all, (folder,), RANKS)
+    with pytest.MonkeyPatch.context() as patch:
+        # a process that is spawned finds this module where its parent's path says
+        patch.syspath_prepend(Path(__file__).parents[1])
+        mp.spawn(run_all, (folder,), RANKS)
     return {file.name: file.read_text() for file in folder.glob("*-*-*")}
 
 

@@ -191,7 +191,7 @@ class DualEncoder(nn.Module):
         temperature: at the start; it is learned (Radford et al., arXiv 2103.00020).
         dropout: share of the numbers of a vector that are 0 in training.
 
-    >>> words = torch.eye(5)[[[0, 1], [2, 3]]].sum(1)  # two texts as bags of five words
+    >>> words = torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 1, 1, 0]])  # texts as bags of five words
     >>> model = DualEncoder(nn.Linear(5, 8), 8)
     >>> (model.documents(words) @ model.labels(words).T).shape
     torch.Size([2, 2])
