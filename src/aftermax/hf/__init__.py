@@ -1,0 +1,14 @@
+"""aftermax in Hugging Face models (transformers 4.57 and newer)."""
+
+try:
+    import transformers as _  # noqa: F401
+except ImportError as error:  # the base install is the library alone
+    raise ImportError(
+        f"aftermax.hf needs transformers: pip install 'aftermax[hf]' ({error})"
+    ) from None
+
+from aftermax.hf.check import Layer, Report, check
+from aftermax.hf.convert import convert, load
+from aftermax.hf.door import register
+
+__all__ = ["Layer", "Report", "check", "convert", "load", "register"]

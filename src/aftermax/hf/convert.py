@@ -1,0 +1,192 @@
+"""A system into a model that is there already; and a model from disk, with what it had."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from aftermax.hf.check import look
+from aftermax.hf.door import LEARNED, OWN, PREFIX, Seen, implementation, system_named
+
+SAVED = "aftermax"
+"""The field of a model's config that says what `convert` did."""
+
+
+def convert(
+    model: PreTrainedModel,
+    attention: str = "softmax",
+    *,
+    layers: Iterable[int] | None = None,
+    inputs: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Give a loaded model another attention, in place.
+
+    Args:
+        attention: a name of the catalogue, or one given to `register`.
+        layers: numbers of the layers that get it (negative ones count from the end); the others
+            keep what they have, or get our softmax. None = all.
+        inputs: as in `check`, for models whose input is not known here.
+
+    Returns:
+        The model. What the system learns (a sink, a gain) is a parameter of each attention module
+        (`aftermax_learned`), is trained with the rest and saved with the model; `load` finds it.
+
+    Raises:
+        ValueError: for a model class that transformers' attention interface does not reach, for
+            what its attention needs and the system does not do, and for layers that there are not.
+
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> config = LlamaConfig(
+    ...     vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2,
+    ... )
+    >>> model = convert(AutoModelForCausalLM.from_config(config), "sink", layers=[-1])
+    >>> [name for name, _ in model.named_parameters() if "aftermax" in name]
+    ['model.layers.1.self_attn.aftermax_learned.sink']
+    """
+    name = implementation(attention)
+    before = str(model.config._attn_implementation)
+    whole = name
+    if layers is not None:
+        whole = before if before.startswith(PREFIX) else implementation("softmax")
+    _set_implementation(model, whole)
+    try:
+        seen = _through_the_door(model, inputs)
+        chosen = _chosen(seen, layers)
+    except ValueError:
+        _set_implementation(model, before)
+        raise
+    for module in chosen.values():
+        _give(module, name, own=layers is not None)
+    setattr(model.config, SAVED, _record(model, name, layers))
+    return model
+
+
+def load(
+    path: str | Path,
+    attention: str | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A model from disk with an attention of this library.
+
+    transformers does not save the choice: after `from_pretrained` a model runs on SDPA again. What
+    `convert` did is in the config of a model saved after it, and is done again here.
+
+    Args:
+        path: a folder, as for `from_pretrained`.
+        attention, layers: as in `convert`; by default what the model was saved with, else softmax.
+        **kwargs: of `from_pretrained` (dtype, gguf_file ...).
+
+    Raises:
+        ValueError: as `convert`.
+    """
+    gguf = {k: kwargs[k] for k in ("gguf_file",) if k in kwargs}
+    config = AutoConfig.from_pretrained(path, **gguf)
+    saved = getattr(config, SAVED, None) or []
+    kind = _class_of(config)
+    first = attention or (saved[0]["attention"] if saved else "softmax")
+    kind._keys_to_ignore_on_load_unexpected = [
+        *(kind._keys_to_ignore_on_load_unexpected or ()),
+        rf"\.{LEARNED}\.",
+    ]
+    model = kind.from_pretrained(path, attn_implementation=implementation(first), **kwargs)
+    setattr(model.config, SAVED, [])
+    for step in [{"attention": first, "layers": layers}] if attention or not saved else saved:
+        convert(model, step["attention"], layers=step["layers"])
+    if not attention:
+        _restore(model, Path(path))
+    return model
+
+
+def _set_implementation(model: PreTrainedModel, name: str) -> None:
+    """As `set_attn_implementation`, but a refusal is an error."""
+    if not model._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(model).__name__} is not built on transformers' attention interface: it would "
+            f"accept {name!r} and go on with its own attention"
+        )
+    model.set_attn_implementation(name)
+
+
+def _through_the_door(model: PreTrainedModel, inputs: dict | None) -> dict[str, Seen]:
+    seen, ran = look(model, inputs)
+    missing = sorted(set(ran) - set(seen))
+    if missing or not seen:
+        raise ValueError(
+            f"{type(model).__name__}: {', '.join(missing) or 'no attention'} did not come through "
+            "transformers' attention interface"
+        )
+    return seen
+
+
+def _chosen(seen: dict[str, Seen], layers: Iterable[int] | None) -> dict[str, Seen]:
+    if layers is None:
+        return seen
+    numbers = {name: _layer_number(name) for name in seen}
+    there = sorted(set(numbers.values()))
+    wanted = set()
+    for layer in layers:
+        number = layer if layer >= 0 else len(there) + layer
+        if number not in there:
+            raise ValueError(f"there is no layer {layer}; the model has {there[0]} to {there[-1]}")
+        wanted.add(number)
+    return {name: seen[name] for name, number in numbers.items() if number in wanted}
+
+
+def _layer_number(name: str) -> int:
+    numbers = re.findall(r"\.(\d+)\.", f".{name}.")
+    if not numbers:
+        raise ValueError(f"{name} has no layer number; convert the whole model (layers=None)")
+    return int(numbers[0])
+
+
+def _give(found: Seen, name: str, own: bool) -> None:
+    """The system of that name, and what it learns, to one attention module."""
+    module, system = found.module, system_named(name)
+    for attribute in (LEARNED, OWN):
+        if hasattr(module, attribute):
+            delattr(module, attribute)
+    if own:
+        setattr(module, OWN, system)
+    like = next(module.parameters())
+    learned = system.learned(found.heads, found.key_dim, found.value_dim)
+    if learned:
+        parameters = {
+            key: nn.Parameter(start.to(device=like.device, dtype=like.dtype))
+            for key, start in learned.items()
+        }
+        setattr(module, LEARNED, nn.ParameterDict(parameters))
+
+
+def _record(model: PreTrainedModel, name: str, layers: Iterable[int] | None) -> list[dict]:
+    step = {
+        "attention": name.removeprefix(PREFIX),
+        "layers": None if layers is None else [int(layer) for layer in layers],
+    }
+    return [step] if layers is None else [*(getattr(model.config, SAVED, None) or []), step]
+
+
+def _class_of(config: Any) -> Any:
+    names = getattr(config, "architectures", None) or []
+    return getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
+
+
+def _restore(model: PreTrainedModel, path: Path) -> None:
+    """The learned parameters of the systems, which `from_pretrained` had no place for."""
+    places = {name: p for name, p in model.named_parameters() if f".{LEARNED}." in name}
+    for file in sorted(path.glob("*.safetensors")) if places else ():
+        with safe_open(file, "pt") as stored, torch.no_grad():
+            for name in set(stored.keys()) & set(places):
+                places.pop(name).copy_(stored.get_tensor(name))
+    if places:
+        raise ValueError(f"{path} does not hold {', '.join(sorted(places))}")

@@ -1,0 +1,105 @@
+"""What Hugging Face says of the visible keys, in this library's form.
+
+Hugging Face hands a model's attention a mask of (B, 1, Tq, Tk), made once for all layers, or none.
+Here it is asked for as bool; what is None then means what it means to PyTorch's own attention.
+Most masks are "causal, and these keys are padding": said that way, and not as a matrix, half of the
+work falls away, and the linear systems walk with a state.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import sdpa_mask
+
+from aftermax.visible import Visible, hidden_below
+
+
+def bool_mask(*args, **options) -> Tensor | None:
+    """The mask function: True = may be seen; None = causal over equal lengths, or one query.
+
+    A wrapper that names nothing by place, since the arguments differ between versions. "All is
+    seen" is never None: a model that is causal in one place and not in another says both by None.
+    """
+    options["allow_is_bidirectional_skip"] = False
+    return sdpa_mask(*args, **options)
+
+
+def visible_of(
+    mask: Tensor | None,
+    queries: int,
+    keys: int,
+    *,
+    causal: bool,
+    window: int | None = None,
+    bias: Tensor | None = None,
+) -> Visible:
+    """What each query may see.
+
+    Args:
+        mask: (B, 1|H, Tq, Tk), bool or additive; longer than the keys, it is cut, as the models'
+            own attention does.
+        causal: what None means. One query alone then sees all keys; several are the first of them.
+        window: a width that the mask may have been made with; only ever used where it agrees.
+        bias: (1|B, H, Tq, Tk), added to the scores.
+    """
+    if mask is not None and mask.shape[-1] > keys:
+        mask = mask[..., :keys]
+    if bias is not None:
+        return _with_bias(mask, bias[..., :keys], causal and queries > 1)
+    if mask is None:
+        return Visible(causal=causal and queries > 1)
+    if queries == 1 or mask.ndim != 4 or torch.compiler.is_compiling():
+        return Visible(mask=mask)
+    return _remembered(mask, window)
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor, causal: bool) -> Visible:
+    if mask is None:
+        return Visible(causal=causal, mask=bias)
+    if mask.dtype == torch.bool:
+        return Visible(mask=bias.masked_fill(~mask, torch.finfo(bias.dtype).min))
+    hidden = mask <= hidden_below(mask.dtype)  # two numbers at the lowest would add up to -inf
+    return Visible(mask=(bias + mask.masked_fill(hidden, 0)).masked_fill(hidden, -torch.inf))
+
+
+def _remembered(mask: Tensor, window: int | None) -> Visible:
+    """`_shortest` of this mask: one tensor goes through all layers, so it is looked at once."""
+    known = getattr(mask, "_aftermax_visible", None)
+    if known is None or known[0] != window:
+        known = (window, _shortest(mask, window))
+        mask._aftermax_visible = known  # type: ignore[attr-defined]
+    return known[1]
+
+
+def _shortest(mask: Tensor, window: int | None) -> Visible:
+    """The same keys without a Tq x Tk matrix, where they can be said so."""
+    given = Visible(mask=mask)
+    if mask.dtype != torch.bool:
+        hidden = mask <= hidden_below(mask.dtype)
+        if not (hidden | (mask == 0)).all():
+            return given  # it adds to the scores
+        mask = ~hidden
+    if mask.shape[1] != 1:
+        return given
+    if (mask == mask[:, :, :1]).all():
+        return Visible(mask=_or_none(mask[:, :, :1]))
+    queries, keys = mask.shape[-2:]
+    seen = mask.any(-2, keepdim=True)
+    last = (mask[:, 0, -1] * torch.arange(1, keys + 1, device=mask.device)).amax()
+    offset = int(last) - queries
+    for width in {None, window}:
+        said = Visible(causal=True, offset=offset, window=width, mask=_or_none(seen))
+        if offset >= 0 and torch.equal(_whole(said, mask), mask):
+            return said
+    return given
+
+
+def _or_none(seen: Tensor) -> Tensor | None:
+    return None if seen.all() else seen
+
+
+def _whole(visible: Visible, like: Tensor) -> Tensor:
+    queries, keys = like.shape[-2:]
+    rows = visible.rows(0, queries, (0, keys), like.device, torch.float32)
+    return rows.visible.expand_as(like)
