@@ -9,6 +9,7 @@ except ImportError as error:  # the base install is the library alone
 
 from aftermax.hf.check import Layer, Report, check
 from aftermax.hf.convert import convert, load
+from aftermax.hf.distil import Distilled, distil
 from aftermax.hf.door import register
 
-__all__ = ["Layer", "Report", "check", "convert", "load", "register"]
+__all__ = ["Distilled", "Layer", "Report", "check", "convert", "distil", "load", "register"]

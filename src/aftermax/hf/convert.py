@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from aftermax.hf.check import look
 from aftermax.hf.door import LEARNED, OWN, PREFIX, Seen, implementation, system_named
@@ -52,21 +53,11 @@ def convert(
     >>> [name for name, _ in model.named_parameters() if "aftermax" in name]
     ['model.layers.1.self_attn.aftermax_learned.sink']
     """
-    name = implementation(attention)
-    before = str(model.config._attn_implementation)
-    whole = name
-    if layers is not None:
-        whole = before if before.startswith(PREFIX) else implementation("softmax")
-    _set_implementation(model, whole)
-    try:
-        seen = _through_the_door(model, inputs)
-        chosen = _chosen(seen, layers)
-    except ValueError:
-        _set_implementation(model, before)
-        raise
-    for module in chosen.values():
-        _give(module, name, own=layers is not None)
-    setattr(model.config, SAVED, _record(model, name, layers))
+    name, layers = implementation(attention), None if layers is None else list(layers)
+    whole = name if layers is None else otherwise(model)
+    for found in choose(model, whole, layers, inputs).values():
+        give(found.module, found, name, own=layers is not None)
+    record(model, name, layers)
     return model
 
 
@@ -93,13 +84,10 @@ def load(
     gguf = {k: kwargs[k] for k in ("gguf_file",) if k in kwargs}
     config = AutoConfig.from_pretrained(path, **gguf)
     saved = getattr(config, SAVED, None) or []
-    kind = _class_of(config)
     first = attention or (saved[0]["attention"] if saved else "softmax")
-    kind._keys_to_ignore_on_load_unexpected = [
-        *(kind._keys_to_ignore_on_load_unexpected or ()),
-        rf"\.{LEARNED}\.",
-    ]
-    model = kind.from_pretrained(path, attn_implementation=implementation(first), **kwargs)
+    kind = _class_of(config)
+    with _expecting_learned(kind):
+        model = kind.from_pretrained(path, attn_implementation=implementation(first), **kwargs)
     setattr(model.config, SAVED, [])
     for step in [{"attention": first, "layers": layers}] if attention or not saved else saved:
         convert(model, step["attention"], layers=step["layers"])
@@ -108,14 +96,62 @@ def load(
     return model
 
 
-def _set_implementation(model: PreTrainedModel, name: str) -> None:
-    """As `set_attn_implementation`, but a refusal is an error."""
+def otherwise(model: PreTrainedModel) -> str:
+    """What layers that are not chosen run: what they have, where it is ours, or our softmax."""
+    before = str(model.config._attn_implementation)
+    return before if before.startswith(PREFIX) else implementation("softmax")
+
+
+def choose(
+    model: PreTrainedModel, whole: str, layers: list[int] | None, inputs: dict[str, Any] | None
+) -> dict[str, Seen]:
+    """Set the whole model's implementation; the attention modules of these layers, by name.
+
+    Raises:
+        ValueError: as `convert`; the model then has the implementation that it had.
+    """
+    before = str(model.config._attn_implementation)
+    set_implementation(model, whole)
+    try:
+        return _of_layers(_through_the_door(model, inputs), layers)
+    except ValueError:
+        set_implementation(model, before)
+        raise
+
+
+def set_implementation(model: PreTrainedModel, name: str) -> None:
+    """As the model's own `set_attn_implementation`, but a refusal is an error."""
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"{type(model).__name__} is not built on transformers' attention interface: it would "
             f"accept {name!r} and go on with its own attention"
         )
     model.set_attn_implementation(name)
+
+
+def give(module: nn.Module, found: Seen, name: str, own: bool) -> None:
+    """The system of that name, and what it learns, to an attention module like the one found."""
+    system = system_named(name)
+    for attribute in (LEARNED, OWN):
+        if hasattr(module, attribute):
+            delattr(module, attribute)
+    if own:
+        setattr(module, OWN, system)
+    like = next(module.parameters())
+    learned = system.learned(found.heads, found.key_dim, found.value_dim)
+    if learned:
+        parameters = {
+            key: nn.Parameter(start.to(device=like.device, dtype=like.dtype))
+            for key, start in learned.items()
+        }
+        setattr(module, LEARNED, nn.ParameterDict(parameters))
+
+
+def record(model: PreTrainedModel, name: str, layers: list[int] | None) -> None:
+    """Write into the config what `load` will do again."""
+    step = {"attention": name.removeprefix(PREFIX), "layers": layers}
+    earlier = [] if layers is None else list(getattr(model.config, SAVED, None) or [])
+    setattr(model.config, SAVED, [*earlier, step])
 
 
 def _through_the_door(model: PreTrainedModel, inputs: dict | None) -> dict[str, Seen]:
@@ -129,7 +165,7 @@ def _through_the_door(model: PreTrainedModel, inputs: dict | None) -> dict[str, 
     return seen
 
 
-def _chosen(seen: dict[str, Seen], layers: Iterable[int] | None) -> dict[str, Seen]:
+def _of_layers(seen: dict[str, Seen], layers: list[int] | None) -> dict[str, Seen]:
     if layers is None:
         return seen
     numbers = {name: _layer_number(name) for name in seen}
@@ -150,35 +186,23 @@ def _layer_number(name: str) -> int:
     return int(numbers[0])
 
 
-def _give(found: Seen, name: str, own: bool) -> None:
-    """The system of that name, and what it learns, to one attention module."""
-    module, system = found.module, system_named(name)
-    for attribute in (LEARNED, OWN):
-        if hasattr(module, attribute):
-            delattr(module, attribute)
-    if own:
-        setattr(module, OWN, system)
-    like = next(module.parameters())
-    learned = system.learned(found.heads, found.key_dim, found.value_dim)
-    if learned:
-        parameters = {
-            key: nn.Parameter(start.to(device=like.device, dtype=like.dtype))
-            for key, start in learned.items()
-        }
-        setattr(module, LEARNED, nn.ParameterDict(parameters))
-
-
-def _record(model: PreTrainedModel, name: str, layers: Iterable[int] | None) -> list[dict]:
-    step = {
-        "attention": name.removeprefix(PREFIX),
-        "layers": None if layers is None else [int(layer) for layer in layers],
-    }
-    return [step] if layers is None else [*(getattr(model.config, SAVED, None) or []), step]
-
-
 def _class_of(config: Any) -> Any:
-    names = getattr(config, "architectures", None) or []
-    return getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
+    """The model class that a config names; a decoder where it names none."""
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+@contextlib.contextmanager
+def _expecting_learned(kind: Any) -> Iterator[None]:
+    """`from_pretrained` has no place yet for what systems learn, and shall not warn of it."""
+    before = kind._keys_to_ignore_on_load_unexpected
+    kind._keys_to_ignore_on_load_unexpected = [*(before or ()), rf"\.{LEARNED}\."]
+    try:
+        yield
+    finally:
+        kind._keys_to_ignore_on_load_unexpected = before
 
 
 def _restore(model: PreTrainedModel, path: Path) -> None:
