@@ -15,7 +15,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from aftermax.hf.check import look
-from aftermax.hf.door import LEARNED, OWN, PREFIX, Seen, implementation, system_named
+from aftermax.hf.door import LEARNED, OWN, PREFIX, Seen, implementation, on_softmax, system_named
 
 SAVED = "aftermax"
 """The field of a model's config that says what `convert` did."""
@@ -54,9 +54,18 @@ def convert(
     ['model.layers.1.self_attn.aftermax_learned.sink']
     """
     name, layers = implementation(attention), None if layers is None else list(layers)
-    whole = name if layers is None else otherwise(model)
-    for found in choose(model, whole, layers, inputs).values():
+    before = str(model.config._attn_implementation)
+    chosen = choose(model, name if layers is None else otherwise(model), layers, inputs)
+    had = {place: _had(found.module) for place, found in chosen.items()}
+    for found in chosen.values():
         give(found.module, found, name, own=layers is not None)
+    try:
+        look(model, inputs)  # a system may not do what this model asks of it
+    except ValueError:
+        for place, found in chosen.items():
+            _put_back(found.module, had[place])
+        set_implementation(model, before)
+        raise
     record(model, name, layers)
     return model
 
@@ -107,6 +116,8 @@ def choose(
 ) -> dict[str, Seen]:
     """Set the whole model's implementation; the attention modules of these layers, by name.
 
+    They are found by a pass on softmax, whatever system they have or shall have.
+
     Raises:
         ValueError: as `convert`; the model then has the implementation that it had.
     """
@@ -132,9 +143,7 @@ def set_implementation(model: PreTrainedModel, name: str) -> None:
 def give(module: nn.Module, found: Seen, name: str, own: bool) -> None:
     """The system of that name, and what it learns, to an attention module like the one found."""
     system = system_named(name)
-    for attribute in (LEARNED, OWN):
-        if hasattr(module, attribute):
-            delattr(module, attribute)
+    _put_back(module, {})
     if own:
         setattr(module, OWN, system)
     like = next(module.parameters())
@@ -147,6 +156,19 @@ def give(module: nn.Module, found: Seen, name: str, own: bool) -> None:
         setattr(module, LEARNED, nn.ParameterDict(parameters))
 
 
+def _had(module: nn.Module) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in (LEARNED, OWN) if hasattr(module, name)}
+
+
+def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
+    """Let the module have these of its system's attributes, and no others."""
+    for name in (LEARNED, OWN):
+        if hasattr(module, name):
+            delattr(module, name)
+        if name in attributes:
+            setattr(module, name, attributes[name])
+
+
 def record(model: PreTrainedModel, name: str, layers: list[int] | None) -> None:
     """Write into the config what `load` will do again."""
     step = {"attention": name.removeprefix(PREFIX), "layers": layers}
@@ -155,7 +177,8 @@ def record(model: PreTrainedModel, name: str, layers: list[int] | None) -> None:
 
 
 def _through_the_door(model: PreTrainedModel, inputs: dict | None) -> dict[str, Seen]:
-    seen, ran = look(model, inputs)
+    with on_softmax():
+        seen, ran = look(model, inputs)
     missing = sorted(set(ran) - set(seen))
     if missing or not seen:
         raise ValueError(

@@ -128,6 +128,19 @@ def watched() -> Iterator[dict[int, Seen]]:
         _watching.remove(seen)
 
 
+_plain: list[bool] = []
+
+
+@contextlib.contextmanager
+def on_softmax() -> Iterator[None]:
+    """While this is open, every module runs softmax: to look at a model, not to use it."""
+    _plain.append(True)
+    try:
+        yield
+    finally:
+        _plain.pop()
+
+
 def attend_as(
     module: nn.Module,
     query: Tensor,
@@ -153,12 +166,13 @@ def attend_as(
     Raises:
         ValueError: for what the model asks of its attention and this system does not do.
     """
-    system = system_of(module, system)
+    system, learned = system_of(module, system), dict(getattr(module, LEARNED, {}))
+    if _plain:
+        system, learned = Dense(SoftmaxSink()), {}
     if _watching and not torch.compiler.is_compiling():
         shape = (query.shape[1], query.shape[-1], value.shape[-1])
         _watching[-1].setdefault(id(module), Seen(module, system, *shape))
     weights = system.weights if isinstance(system, Dense) else None
-    learned = dict(getattr(module, LEARNED, {}))
     sinks = kwargs.pop("s_aux", None)
     if sinks is not None and isinstance(weights, SoftmaxSink):
         learned["sink"] = sinks
