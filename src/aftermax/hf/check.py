@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+import transformers
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aftermax.dense import Dense
 from aftermax.hf.door import LEARNED, PREFIX, Seen, watched
+from aftermax.linear.separable import Separable
 
 TOKENS = 8
 """Of the small batch."""
+
+CACHE = "cache" if int(transformers.__version__.split(".")[0]) >= 5 else "past_key_values"
+"""The argument of forward that takes what the last call returned."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ def check(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> Repor
     implementation = str(getattr(model.config, "_attn_implementation", None))
     try:
         seen, ran = look(model, inputs)
-    except (ValueError, KeyError, RuntimeError) as error:
-        problem = f"it does not run: {error}"
+    except Exception as error:  # whatever a model meets is what is to be told
+        problem = f"it does not run: {type(error).__name__}: {error}"
         return Report(type(model).__name__, implementation, (), (problem,))
     layers = tuple(_layer(name, module, seen) for name, module in ran.items())
     return Report(
@@ -182,7 +187,7 @@ def _layer(name: str, module: nn.Module, seen: dict[str, Seen]) -> Layer:
             f"{_told(system)} learns {', '.join(learns)}, which stay at their initial values here: "
             "aftermax.hf.convert(model, ...) makes them parameters"
         )
-    if not isinstance(system, Dense) and hasattr(system, "form"):
+    if isinstance(system, Separable):
         notes.append(
             f"{_told(system)} needs a state of one size alone, but through this door the model "
             "keeps all keys and values"
@@ -208,17 +213,38 @@ def _problems(model: PreTrainedModel, inputs: dict | None, layers: tuple[Layer, 
     implementation = str(getattr(model.config, "_attn_implementation", None))
     if not implementation.startswith(PREFIX) and any(layer.system for layer in layers):
         problems.append(f"the model's own implementation is {implementation!r}")
-    if inputs is None and not foreign and _looks_ahead(model):
-        problems.append("a later token changes earlier outputs: the causal mask is lost")
+    if inputs is None and not foreign and _is_causal(model):
+        problems += _looks_ahead(model) + _forgets(model)
     return problems
 
 
-def _looks_ahead(model: PreTrainedModel) -> bool:
-    """Whether a causal language model's first logits change with what comes after."""
-    if "CausalLM" not in type(model).__name__ or not getattr(model.config, "is_causal", True):
-        return False
+def _is_causal(model: PreTrainedModel) -> bool:
+    return "CausalLM" in type(model).__name__ and getattr(model.config, "is_causal", True)
+
+
+def _looks_ahead(model: PreTrainedModel) -> list[str]:
+    """Whether the first logits of a causal model change with what comes after."""
     tokens = small_batch(model)["input_ids"]
-    whole = _run(model, {"input_ids": tokens}).logits[:, : TOKENS // 2].float()
-    part = _run(model, {"input_ids": tokens[:, : TOKENS // 2]}).logits.float()
-    bound = 1e-3 if model.dtype == torch.float32 else 0.1
-    return bool((whole - part).abs().max() > bound * whole.abs().max())
+    whole = _run(model, {"input_ids": tokens}).logits[:, : TOKENS // 2]
+    part = _run(model, {"input_ids": tokens[:, : TOKENS // 2]}).logits
+    if _same(whole, part):
+        return []
+    return ["a later token changes earlier outputs: the causal mask is lost"]
+
+
+def _forgets(model: PreTrainedModel) -> list[str]:
+    """Whether the next token, after a cache, is another than in a full pass."""
+    tokens = small_batch(model)["input_ids"]
+    whole = _run(model, {"input_ids": tokens}).logits[:, -1:]
+    before = _run(model, {"input_ids": tokens[:, :-1], "use_cache": True}).past_key_values
+    try:
+        last = _run(model, {"input_ids": tokens[:, -1:], CACHE: before}).logits
+    except ValueError as error:
+        return [f"it does not decode from a cache: {error}"]
+    return [] if _same(whole, last) else ["decoding from a cache differs from the full pass"]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    bound = 1e-3 if one.dtype == torch.float32 else 0.1
+    difference = (one.float() - other.float()).abs().max()
+    return bool(difference <= bound * one.float().abs().max())

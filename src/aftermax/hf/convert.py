@@ -93,12 +93,14 @@ def load(
     gguf = {k: kwargs[k] for k in ("gguf_file",) if k in kwargs}
     config = AutoConfig.from_pretrained(path, **gguf)
     saved = getattr(config, SAVED, None) or []
-    first = attention or (saved[0]["attention"] if saved else "softmax")
+    steps = [{"attention": attention, "layers": layers}] if attention else saved
+    steps = steps or [{"attention": "softmax", "layers": None}]
+    whole = "softmax" if steps[0]["layers"] is not None else steps[0]["attention"]
     kind = _class_of(config)
     with _expecting_learned(kind):
-        model = kind.from_pretrained(path, attn_implementation=implementation(first), **kwargs)
+        model = kind.from_pretrained(path, attn_implementation=implementation(whole), **kwargs)
     setattr(model.config, SAVED, [])
-    for step in [{"attention": first, "layers": layers}] if attention or not saved else saved:
+    for step in steps:
         convert(model, step["attention"], layers=step["layers"])
     if not attention:
         _restore(model, Path(path))

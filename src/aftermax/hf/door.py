@@ -20,8 +20,8 @@ from aftermax import scores
 from aftermax.attention import attention_weights
 from aftermax.catalogue import CATALOGUE
 from aftermax.dense import Dense, System, as_system
-from aftermax.hf.masks import bool_mask, visible_of
-from aftermax.weights import RowMap, SoftmaxSink
+from aftermax.hf.masks import bool_mask, places_are_known, visible_of
+from aftermax.weights import RowMap, ScaleInvariantSoftmax, SoftmaxSink
 
 PREFIX = "aftermax-"
 LEARNED = "aftermax_learned"
@@ -178,7 +178,13 @@ def attend_as(
         learned["sink"] = sinks
         sinks = None
     _refuse(module, system, sinks, attention_mask, kwargs)
-    if is_causal is None:
+    if by_distance(system) and not places_are_known(attention_mask, query.shape[-2], key.shape[-2]):
+        raise ValueError(
+            f"{system} weighs keys by distance, and a compiled model with a static cache does not "
+            "say where its queries stand: use a dynamic cache, or do not compile"
+        )
+    # some models say False where they mean "not by PyTorch's flag": beside a mask, for one query
+    if is_causal is None or attention_mask is not None or query.shape[-2] == 1:
         is_causal = getattr(module, "is_causal", True)
     visible = visible_of(
         attention_mask,
@@ -197,6 +203,13 @@ def attend_as(
         rows = attention_weights(query, key, weights=weights, attn_mask=visible, **options)
         rows = rows.to(query.dtype)
     return out.transpose(1, 2).contiguous(), rows
+
+
+def by_distance(system: System) -> bool:
+    """Whether the system must know how far a key is from its query, beside what it sees."""
+    if isinstance(system, Dense):
+        return isinstance(system.weights, ScaleInvariantSoftmax)
+    return True
 
 
 def _refuse(

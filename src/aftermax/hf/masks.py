@@ -39,40 +39,49 @@ def visible_of(
     Args:
         mask: (B, 1|H, Tq, Tk), bool or additive; longer than the keys, it is cut, as the models'
             own attention does.
-        causal: what None means. One query alone then sees all keys; several are the first of them.
+        causal: what None means: several queries are the first of the keys, one alone is the last.
         window: a width that the mask may have been made with; only ever used where it agrees.
         bias: (1|B, H, Tq, Tk), added to the scores.
     """
     if mask is not None and mask.shape[-1] > keys:
         mask = mask[..., :keys]
+    offset = keys - 1 if causal and queries == 1 else 0
     if bias is not None:
-        return _with_bias(mask, bias[..., :keys], causal and queries > 1)
+        return _with_bias(mask, bias[..., :keys], causal, offset)
     if mask is None:
-        return Visible(causal=causal and queries > 1)
-    if queries == 1 or mask.ndim != 4 or torch.compiler.is_compiling():
+        return Visible(causal=causal, offset=offset)
+    if mask.ndim != 4 or torch.compiler.is_compiling():
         return Visible(mask=mask)
-    return _remembered(mask, window)
+    return _remembered(mask, causal, window)
 
 
-def _with_bias(mask: Tensor | None, bias: Tensor, causal: bool) -> Visible:
+def places_are_known(mask: Tensor | None, queries: int, keys: int) -> bool:
+    """Whether `visible_of` can say which of the keys the queries themselves are.
+
+    A compiled model cannot look into its mask, and with a static cache nothing else tells.
+    """
+    return mask is None or queries == keys or not torch.compiler.is_compiling()
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor, causal: bool, offset: int) -> Visible:
     if mask is None:
-        return Visible(causal=causal, mask=bias)
+        return Visible(causal=causal, offset=offset, mask=bias)
     if mask.dtype == torch.bool:
         return Visible(mask=bias.masked_fill(~mask, torch.finfo(bias.dtype).min))
     hidden = mask <= hidden_below(mask.dtype)  # two numbers at the lowest would add up to -inf
     return Visible(mask=(bias + mask.masked_fill(hidden, 0)).masked_fill(hidden, -torch.inf))
 
 
-def _remembered(mask: Tensor, window: int | None) -> Visible:
+def _remembered(mask: Tensor, causal: bool, window: int | None) -> Visible:
     """`_shortest` of this mask: one tensor goes through all layers, so it is looked at once."""
-    known = getattr(mask, "_aftermax_visible", None)
-    if known is None or known[0] != window:
-        known = (window, _shortest(mask, window))
+    known = getattr(mask, "_aftermax_visible", {})
+    if (causal, window) not in known:
+        known[causal, window] = _shortest(mask, causal, window)
         mask._aftermax_visible = known  # type: ignore[attr-defined]
-    return known[1]
+    return known[causal, window]
 
 
-def _shortest(mask: Tensor, window: int | None) -> Visible:
+def _shortest(mask: Tensor, causal: bool, window: int | None) -> Visible:
     """The same keys without a Tq x Tk matrix, where they can be said so."""
     given = Visible(mask=mask)
     if mask.dtype != torch.bool:
@@ -82,9 +91,11 @@ def _shortest(mask: Tensor, window: int | None) -> Visible:
         mask = ~hidden
     if mask.shape[1] != 1:
         return given
-    if (mask == mask[:, :, :1]).all():
-        return Visible(mask=_or_none(mask[:, :, :1]))
     queries, keys = mask.shape[-2:]
+    if (queries > 1 or not causal) and (mask == mask[:, :, :1]).all():
+        return Visible(mask=_or_none(mask[:, :, :1]))
+    if not causal:
+        return given
     seen = mask.any(-2, keepdim=True)
     last = (mask[:, 0, -1] * torch.arange(1, keys + 1, device=mask.device)).amax()
     offset = int(last) - queries
