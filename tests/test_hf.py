@@ -458,3 +458,20 @@ def test_a_fresh_config_takes_every_name():
     for name in hf.register():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=name)
         assert model.config._attn_implementation == name
+
+
+def test_loss_equals_that_of_transformers():
+    ours, theirs = (tiny("llama", "eager") for _ in range(2))
+    ours.loss_function = hf.causal_lm_loss
+    labels = tokens().clone()
+    labels[0, :5] = -100
+    for options in ({}, {"num_items_in_batch": torch.tensor(30)}, {"num_items_in_batch": 30}):
+        gradients = []
+        for model in (ours, theirs):
+            model.zero_grad()
+            loss = model(input_ids=tokens(), labels=labels, **options).loss
+            loss.backward()
+            gradients.append((loss.detach(), model.lm_head.weight.grad.clone()))
+        torch.testing.assert_close(gradients[0], gradients[1])
+    with pytest.raises(ValueError, match="labels"):
+        hf.causal_lm_loss(torch.zeros(1, 2, 3), None)

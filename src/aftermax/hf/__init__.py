@@ -11,5 +11,16 @@ from aftermax.hf.check import Layer, Report, check
 from aftermax.hf.convert import convert, load
 from aftermax.hf.distil import Distilled, distil
 from aftermax.hf.door import register
+from aftermax.hf.loss import causal_lm_loss
 
-__all__ = ["Distilled", "Layer", "Report", "check", "convert", "distil", "load", "register"]
+__all__ = [
+    "Distilled",
+    "Layer",
+    "Report",
+    "causal_lm_loss",
+    "check",
+    "convert",
+    "distil",
+    "load",
+    "register",
+]
