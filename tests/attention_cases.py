@@ -24,15 +24,18 @@ from aftermax import (
     CATALOGUE,
     LSSA,
     LSSAR,
+    ClippedSoftmax,
     Entry,
     LSSARLog,
+    NormalisedClippedSoftmax,
     RowMap,
+    Softmax,
     Visible,
     attention,
     attention_weights,
     scores,
 )
-from aftermax.visible import hidden_below
+from aftermax.visible import count, hidden_below
 from aftermax.weights.softmax import distance_scale_and_shift
 
 from .cases import Case, case_of, gradients
@@ -206,6 +209,12 @@ def truth(
     of_products = grad @ values.mT + (grad * spread).sum(-1, keepdim=True)
     slope = slope + _slope_of_total(entry, case, still, weights, scale)
     error = EPS * (UNITS * of_scores.abs() + UNITS_OF_PRODUCTS * slope * of_products) * factor
+    if isinstance(entry.system, ClippedSoftmax | NormalisedClippedSoftmax):
+        weights, flips = _at_the_clips(entry, case, still, scale, step)
+        slack[0] = slack[0] + UNITS * EPS * weights @ values
+        flips = flips * of_products
+        soft = _softmax(case, still, scale)
+        error = error + (flips + soft * flips.sum(-1, keepdim=True)) * factor
 
     query, key = (x.detach() for x in (case.query, case.key))
     lengths = [in_groups(x.norm(dim=-1, keepdim=True), heads) for x in (query, key)]
@@ -232,6 +241,30 @@ def truth(
                 slack[i] + (error * product).sum((0, 2, 3)) / case.learned["s"].detach().abs()
             )
     return Truth(right[0], right[1:], slack[0], slack[1:], spread * (not finishes))
+
+
+def _softmax(case: Case, visible: Visible, scale: float | None) -> Tensor:
+    options = {"attn_mask": visible, "scale": scale, "enable_gqa": True}
+    return attention_weights(case.query, case.key, weights=Softmax(), **options).detach()
+
+
+def _at_the_clips(
+    entry: Entry, case: Case, visible: Visible, scale: float | None, step: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is clipped, before anything is added to it; and the part of it that may or may not have
+    a gradient, since float32 cannot tell on which side of a clip it lies."""
+    soft = _softmax(case, visible, scale)
+    system = entry.system
+    if isinstance(system, ClippedSoftmax):
+        stretch, shift = system.zeta - system.gamma, system.gamma
+    else:
+        queries, keys = soft.shape[-2:]
+        rows = visible.rows(0, queries, (0, keys), soft.device, F64)
+        stretch, shift = system._rows(count(rows.visible, F64))
+    stretched = stretch * soft
+    unsure = stretched * (UNITS * EPS + 4 * step)
+    low, high = (stretched + shift).abs(), (stretched + shift - 1).abs()
+    return stretched, stretched * ((low < unsure) | (high < unsure + 2**-15))
 
 
 def _weights_and_slope(

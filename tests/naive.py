@@ -86,6 +86,21 @@ def sink(row: Row) -> Tensor:
     return _softmax(logits)[:-1]
 
 
+def clipped(row: Row) -> Tensor:
+    """arXiv 2306.12929, equation 4, with gamma = -0.025 and zeta = 1."""
+    gamma, zeta = -0.025, 1
+    return torch.clip((zeta - gamma) * _softmax(row.dot() + row.bias) + gamma, 0, 1)
+
+
+def clipped_normalised(row: Row) -> Tensor:
+    """arXiv 2402.12102: p = 1 becomes eta = 1.03, and the row sums to beta = 1 before clipping."""
+    eta, beta, p = 1.03, 1, _softmax(row.dot() + row.bias)
+    if row.n == 1:
+        return p
+    gamma = (beta - eta) / (row.n - 1)
+    return torch.clip((eta - gamma) * p + gamma, 0, 1)
+
+
 def _softplus(x: Tensor) -> Tensor:
     return torch.log(1 + torch.exp(x))
 
@@ -311,6 +326,8 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
     "scale-invariant": dense(scale_invariant),
     "softmax-one": dense(softmax_one),
     "sink": dense(sink),
+    "clipped": dense(clipped),
+    "clipped-normalised": dense(clipped_normalised),
     "lssa": dense(lssa),
     "lssar": dense(lssar),
     "lssar-log": dense(lssar_log),

@@ -12,10 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aftermax import (
     LSSA,
     LSSAR,
+    ClippedSoftmax,
+    NormalisedClippedSoftmax,
     ReLA,
     ReLUPower,
     ScaleInvariantSoftmax,
     Sigmoid,
+    Softmax,
     Visible,
     attention,
     find,
@@ -264,6 +267,10 @@ def summed(entry, case, visible, out, **options):
     if entry.system.mixes_heads:
         return out.abs().amax(-1, keepdim=True).expand_as(out)
     case = in_float64(case._replace(value=case.value.abs()))
+    if isinstance(entry.system, ClippedSoftmax | NormalisedClippedSoftmax):
+        # what is clipped is a difference, of a weight and a number that is larger in long rows
+        options |= {"attn_mask": visible, "enable_gqa": True, "impl": "reference"}
+        return 4 * attention(*case[:3], weights=Softmax(), **options)
     return attend(entry, case, visible, impl="reference", **options)
 
 

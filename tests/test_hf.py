@@ -437,6 +437,16 @@ def test_distil_mends_layer_by_layer():
     assert all(name.startswith("model.layers.0.self_attn.") for name in changed)
 
 
+def test_distil_of_all_layers_is_that_system(tmp_path):
+    model = tiny("llama", "eager")
+    hf.distil(model, [tokens()] * 2, "log-n")
+    assert hf.check(model).ok
+    assert model.config._attn_implementation == "aftermax-log-n"
+    expected = logits_of(model, {"input_ids": tokens()})
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(hf.load(tmp_path).eval(), {"input_ids": tokens()}), expected)
+
+
 def test_distil_interrupted_leaves_the_model():
     model = tiny("llama", "eager")
     before = logits_of(model, {"input_ids": tokens()})

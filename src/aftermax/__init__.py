@@ -57,7 +57,7 @@ from aftermax.losses import (
 
 # through landmarks
 from aftermax.lowrank import SOFT, SOFTAttention
-from aftermax.modules import Attention
+from aftermax.modules import Attention, GatedAttention
 from aftermax.positions import ALiBi, NoPositions, RoPE
 
 # over one dimension of anything
@@ -73,8 +73,10 @@ from aftermax.visible import Visible
 from aftermax.weights import (
     LSSA,
     LSSAR,
+    ClippedSoftmax,
     CosineSoftmax,
     LSSARLog,
+    NormalisedClippedSoftmax,
     ReLA,
     ReLUPower,
     RowMap,
@@ -92,6 +94,7 @@ __all__ = [
     "SOFT",
     "ALiBi",
     "Attention",
+    "ClippedSoftmax",
     "CosFormer",
     "CosineSoftmax",
     "Cottention",
@@ -99,6 +102,7 @@ __all__ = [
     "DynamicalSystem",
     "Entry",
     "FactoredLinear",
+    "GatedAttention",
     "InLine",
     "InLineAttention",
     "KeyValues",
@@ -110,6 +114,7 @@ __all__ = [
     "NoPositions",
     "Normalised",
     "NormalisedAttention",
+    "NormalisedClippedSoftmax",
     "ReLA",
     "ReLUPower",
     "RoPE",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aftermax.entry import Entry
 from aftermax.linear import cosformer, cottention, elu, inline, normalised, transnormer
 from aftermax.lowrank import soft
-from aftermax.weights import rela, sigmoid, softmax, softplus
+from aftermax.weights import clipped, rela, sigmoid, softmax, softplus
 
 CATALOGUE: tuple[Entry, ...] = (
     softmax.SOFTMAX,
@@ -14,6 +14,8 @@ CATALOGUE: tuple[Entry, ...] = (
     softmax.SCALE_INVARIANT,
     softmax.SOFTMAX_ONE,
     softmax.SINK,
+    clipped.CLIPPED,
+    clipped.NORMALISED_CLIPPED,
     softplus.LSSA_ENTRY,
     softplus.LSSAR_ENTRY,
     softplus.LSSAR_LOG_ENTRY,

@@ -7,6 +7,7 @@ import dataclasses
 from torch import Tensor, nn
 
 from aftermax.dense import System, as_system
+from aftermax.gate import Gate
 from aftermax.positions import POSITIONS, NoPositions
 from aftermax.visible import Visible, check_tokens
 from aftermax.weights import RowMap, Softmax
@@ -120,7 +121,7 @@ class Attention(nn.Module):
         out = self.system.attend(
             query, key, value, self.what_is_visible(visible), **self._options()
         )
-        return self._join(out)
+        return self._join(self.finish(out, x))
 
     def init_state(self, batch: int) -> object:
         """The state before the first token, for `step`."""
@@ -148,7 +149,7 @@ class Attention(nn.Module):
         query, key, value = self.project(x, start=state.length)
         visible = self.what_is_visible(None)
         out, state = self.system.step(query, key, value, state, visible, seen, **self._options())
-        return self._join(out), state
+        return self._join(self.finish(out, x)), state
 
     def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, H, T, D), key and value (B, Hkv, T, D), normed, placed from `start` on."""
@@ -158,6 +159,10 @@ class Attention(nn.Module):
         key = self.key_norm(self._split(self.to_key(x)))
         value = self._split(self.to_value(x))
         return self.positions.rotate(query, start), self.positions.rotate(key, start), value
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """What happens to the heads (B, H, T, D) of the input (B, T, width); here nothing."""
+        return out
 
     def what_is_visible(self, visible: Tensor | Visible | None) -> Visible:
         """The module's own view (causal, window, ALiBi) joined with the caller's."""
@@ -188,6 +193,42 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         heads = f"heads={self.heads}, kv_heads={self.kv_heads}"
         return f"{self.system}, {heads}, positions={self.positions}"
+
+
+class GatedAttention(Attention):
+    """`Attention` whose heads pass a gate that reads the input: out_h <- sigmoid(g_h(x)) out_h.
+
+    Args:
+        gate: what the gate reads, one of `aftermax.gate.GATES`, where the formulas stand; "token",
+            the paper's (arXiv 2306.12929).
+        open_at_start: the gate's value at the start; 0.5.
+
+    The others are those of `Attention`; any system may stand behind the gate.
+
+    Raises:
+        ValueError: as `Attention`, and for the gate "average" in a causal module: the mean over all
+            tokens would tell each of what comes after it.
+
+    >>> import torch
+    >>> attend = GatedAttention(32, heads=4, gate="head")
+    >>> x = torch.randn(2, 5, 32)
+    >>> plain = Attention(32, heads=4)
+    >>> _ = plain.load_state_dict(attend.state_dict(), strict=False)
+    >>> torch.allclose(attend(x), plain(x) / 2, atol=1e-6)
+    True
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, gate: str = "token", open_at_start: float = 0.5, **options
+    ):
+        super().__init__(width, heads, **options)
+        if gate == "average" and self.causal:
+            raise ValueError("the gate 'average' looks ahead: it needs causal=False")
+        factory = {name: options.get(name) for name in ("device", "dtype")}
+        self.gate = Gate(width, heads, kind=gate, open_at_start=open_at_start, **factory)
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        return out * self.gate(x)
 
 
 class _HeadNorm(nn.RMSNorm):

@@ -80,7 +80,9 @@ def distil(
     old = choose(model, otherwise(model), layers, {"input_ids": batches[0][:1]})
     new = {}
     for place, found in old.items():
-        new[place] = copy.deepcopy(found.module).requires_grad_().train()
+        config = getattr(found.module, "config", None)  # the model's own: it says what runs
+        pupil = copy.deepcopy(found.module, {id(config): config})
+        new[place] = pupil.requires_grad_().train()
         give(new[place], found, name, own=True)
     try:
         errors = _train(model, old, new, batches, learning_rate, warmup, progress)

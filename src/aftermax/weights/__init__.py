@@ -1,5 +1,10 @@
 """Row maps: scores -> weights. One file for each paper: the pure function, its value object."""
 
+from aftermax.weights.clipped import (
+    ClippedSoftmax,
+    NormalisedClippedSoftmax,
+    clipped_softmax_weights,
+)
 from aftermax.weights.rela import ReLA, ReLUPower, relu_weights, rms_norm_heads
 from aftermax.weights.row_map import RowMap
 from aftermax.weights.sigmoid import Sigmoid, sigmoid_weights
@@ -17,8 +22,10 @@ from aftermax.weights.softplus import LSSA, LSSAR, LSSARLog, lssa_weights, lssar
 __all__ = [
     "LSSA",
     "LSSAR",
+    "ClippedSoftmax",
     "CosineSoftmax",
     "LSSARLog",
+    "NormalisedClippedSoftmax",
     "ReLA",
     "ReLUPower",
     "RowMap",
@@ -27,6 +34,7 @@ __all__ = [
     "Softmax",
     "SoftmaxOne",
     "SoftmaxSink",
+    "clipped_softmax_weights",
     "lssa_weights",
     "lssar_weights",
     "relu_weights",

@@ -140,6 +140,8 @@ struct SoftmaxMap {
     double before = s.log();
     if (s.shift == 0 && top < FAR_SCORE && top > -FAR_SCORE) {
       float e = nearbyintf(top * 0x1.715476p+0f);
+      // never down: what is there would leave the floats
+      if (s.begun && e < s.e) e = s.e;
       if (s.begun) factor = (float)times_power(1, s.e - e);
       s.e = e;
     } else {
@@ -390,6 +392,10 @@ struct LssarMap {
   };
 };
 
+// Where a weight has no gradient: a little above 1, to which whole rows come with zeta = 1. There, forward and backward
+// pass must not part by a digit.
+constexpr float CLIPPED_ABOVE = 1 + 0x1p-16f;
+
 struct ClippedMap {
   typedef SoftmaxMap::State State;
   static void open(State& s, const RowOf& row) { SoftmaxMap::open(s, row); }
@@ -401,7 +407,7 @@ struct ClippedMap {
     F of(F e) const { return min(set1(1), max(set1(0), fma(e, stretch, bias))); }
     F second_of(F e) const {
       F u = fma(e, stretch, bias), none = set1(0);
-      return select_below(u, none, none, select_below(set1(1), u, none, e));
+      return select_below(u, none, none, select_below(set1(CLIPPED_ABOVE), u, none, e));
     }
   };
   static Row settle(const State& s, const RowOf& row) {
@@ -424,9 +430,9 @@ struct ClippedMap {
           delta(set1(of_extra)) {}
     void step(F s, F dp, F* p, F* ds) const {
       Pair a = exp_coarse(s - shift);
-      F soft = scale_any(a.p * factor, a.n - e), u = fma(soft, stretch, bias), none = set1(0), one = set1(1);
-      *p = min(one, max(none, u));
-      F w = select_below(u, none, none, select_below(one, u, none, dp * stretch));
+      F soft = scale_any(a.p * factor, a.n - e), u = fma(soft, stretch, bias), none = set1(0);
+      *p = min(set1(1), max(none, u));
+      F w = select_below(u, none, none, select_below(set1(CLIPPED_ABOVE), u, none, dp * stretch));
       *ds = soft * (w - delta);
     }
   };
