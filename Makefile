@@ -8,18 +8,21 @@ export OMP_NUM_THREADS ?= 1
 
 KERNELS := src/aftermax/kernels
 LIBRARY := $(KERNELS)/libaftermax.so
+DOOR := $(wildcard tests/test_hf*.py)
 NATIVE := CMakeLists.txt $(wildcard $(KERNELS)/cpu/*)
 
-.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear bench-mqar bench-output bench-trees docs figures clean
+.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear bench-mqar bench-output bench-hf bench-trees docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
 	$(BIN)/aftermax compare quick
 
-test: check kernels       ## lint, types, doctests and the suite
+test: check kernels .venv/transformers-4.done  ## lint, types, doctests and the suite
 	$(BIN)/pytest -n auto -m "not slow"
+	PYTHONPATH=.venv/transformers-4 $(BIN)/pytest -n auto -q $(DOOR)
 
-test-all: check kernels   ## the same with the long tests
+test-all: check kernels .venv/transformers-4.done  ## the same with the long tests
 	$(BIN)/pytest -n auto
+	PYTHONPATH=.venv/transformers-4 $(BIN)/pytest -n auto -q $(DOOR)
 
 test-sanitize: .venv/dev.done  ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
@@ -61,6 +64,9 @@ bench-output: .venv/lab.done kernels  ## steps of output layers over the number 
 	$(BIN)/python benchmarks/output.py
 	$(BIN)/python benchmarks/soft_topk.py
 
+bench-hf: .venv/lab.done .venv/hf.done kernels  ## a small Llama through the door against transformers' own attention
+	$(BIN)/python benchmarks/hf.py
+
 bench-trees: .venv/lab.done .venv/trees.done  ## label trees of others on the Debian sets: what a user would pick
 	$(BIN)/python benchmarks/label_trees.py
 
@@ -76,6 +82,11 @@ docs: .venv/docs.done
 
 .venv/torch.done: .venv/bin/pip
 	$(BIN)/pip install --quiet "$(TORCH)"
+	@touch $@
+
+# the oldest transformers that is supported, beside the newest
+.venv/transformers-4.done: .venv/dev.done
+	$(BIN)/pip install --quiet --target .venv/transformers-4 "transformers==4.57.*"
 	@touch $@
 
 .venv/%.done: .venv/torch.done pyproject.toml

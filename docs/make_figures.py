@@ -28,6 +28,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import hf_results
 import kernel_results
 import label_sets
 import labels_results
@@ -58,6 +59,7 @@ PAGES = (
     DOCS / "output.md",
     DOCS / "images.md",
     DOCS / "labels.md",
+    DOCS / "huggingface.md",
 )
 
 
@@ -167,6 +169,10 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "output-machine": measured(
         output_results.OUTPUT, lambda: kernel_results.machine(output_results.OUTPUT)
     ),
+    "hf-door": measured(hf_results.DOOR, hf_results.door),
+    "hf-machine": machine_of(hf_results.DOOR),
+    "hf-posthoc": measured(hf_results.CONVERSION, hf_results.posthoc),
+    "hf-distilled": measured(hf_results.CONVERSION, hf_results.distilled),
     "injectivity": lambda _: studies.injectivity_table(),
     "mqar": lambda _: studies.mqar_page(),
     "row-targets": lambda _: kernel_results.row_targets(("avx512",)),
