@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from aftermax.call import Call
-from aftermax.visible import Rows
+from aftermax.visible import Rows, pieces
 
 BLOCK_SCORES = 2**20
 """Scores that one block may hold, over batch, heads, rows and keys: 4 MiB in float32."""
@@ -77,8 +77,7 @@ class Walk:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         queries, block = self.query.shape[-2], self.block_rows()
-        for start in range(0, max(queries, 1), block):
-            yield start, min(start + block, queries)
+        yield from pieces(queries, block)
 
     def rows(self, start: int, stop: int, span: tuple[int, int]) -> Rows:
         rows = self.call.visible.rows(start, stop, span, self.query.device, self.query.dtype)

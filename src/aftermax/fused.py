@@ -10,7 +10,7 @@ from torch import Tensor
 from aftermax import blocks, kernels, scores
 from aftermax.call import Call
 from aftermax.kernels.attention_ops import MAPS, Differentiable
-from aftermax.reference import transformed
+from aftermax.reference import NOT_IN_ONNX, onnx_export, transformed
 from aftermax.visible import Visible, hidden_below
 from aftermax.weights.row_map import RowMap
 
@@ -34,6 +34,8 @@ def refusal(call: Call) -> str | None:
         return "the kernels have no dropout"
     if transformed():
         return "the kernels know no torch.func transforms and no forward-mode derivatives"
+    if onnx_export():
+        return NOT_IN_ONNX
     if torch.is_grad_enabled():
         for name, x in (("attn_mask", visible.mask), ("the ALiBi slopes", visible.slopes)):
             if x is not None and x.requires_grad:

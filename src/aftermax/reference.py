@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+NOT_IN_ONNX = "ONNX has no operator for the kernels"
 BLOCK_LOGITS = 2**22
 """Logits that one block of `linear_cross_entropy` may hold: 16 MiB in float32."""
 
@@ -23,6 +24,12 @@ def at_least_float32(x: Tensor) -> Tensor:
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work: the kernels know neither."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def onnx_export() -> bool:
+    """Whether `torch.onnx.export` is tracing: ONNX knows none of the kernels' operators, and a
+    length that stays open decides no loop."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def softmax(input: Tensor, dim: int, empty: str = "nan") -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aftermax import kernels, reference
 from aftermax.kernels.ops import ALGORITHMS, EMPTIES, changed
-from aftermax.reference import transformed
+from aftermax.reference import NOT_IN_ONNX, onnx_export, transformed
 
 PLAIN_IMPLS = ("reference", "cpu")
 """What `impl=` may say where the kernel has one algorithm."""
@@ -172,6 +172,7 @@ def _softmax(
         and input.layout is torch.strided
         and empty in EMPTIES
         and not transformed()
+        and not onnx_export()
         and -input.ndim <= dim < input.ndim <= MAX_DIMS
     ):  # the usual call, before the checks that small inputs would pay for
         options = (dim, log, EMPTIES.index(empty), _AUTO, 0)
@@ -211,7 +212,7 @@ def _softmax(
 def use_kernels(name: str, impl: str | None, impls: Sequence[str], *inputs: Tensor) -> bool:
     """Whether `impl` means the kernels for these inputs; raises where it cannot be had."""
     if impl is None:
-        return kernels.absent() is None and _refusal(inputs) is None and not transformed()
+        return kernels.absent() is None and _refusal(inputs) is None
     if impl not in impls:
         raise ValueError(f"{name}: impl={impl!r} is none of {', '.join(map(repr, impls))}")
     if impl == "reference":
@@ -219,8 +220,6 @@ def use_kernels(name: str, impl: str | None, impls: Sequence[str], *inputs: Tens
     if kernels.absent() is not None:
         raise RuntimeError(f"{name}: impl={impl!r}, but {kernels.absent()}")
     refusal = _refusal(inputs)
-    if refusal is None and transformed():
-        refusal = "the kernels know no torch.func transforms and no forward-mode derivatives"
     if refusal is not None:
         raise RuntimeError(f"{name}: impl={impl!r}, but {refusal}")
     return True
@@ -237,7 +236,9 @@ def _refusal(inputs: Sequence[Tensor]) -> str | None:
             return f"the kernels take up to {MAX_DIMS} dimensions, not {x.ndim}"
         if x.layout != torch.strided:
             return f"the kernels take strided tensors, not {x.layout}"
-    return None
+    if transformed():
+        return "the kernels know no torch.func transforms and no forward-mode derivatives"
+    return NOT_IN_ONNX if onnx_export() else None
 
 
 def _check_input(name: str, input: Tensor, dtype: torch.dtype | None = None) -> None:

@@ -8,11 +8,14 @@ whose formula needs a length count the visible keys of each row from here (`coun
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from aftermax.reference import onnx_export
 
 
 class Rows(NamedTuple):
@@ -150,10 +153,23 @@ class Visible:
     ) -> Tensor:
         """How many keys at least one query sees, (B|1, H|1, 1, 1), walked in blocks of rows."""
         seen = torch.zeros((1, 1, 1, keys), dtype=torch.bool, device=device)
-        for start in range(0, queries, block):
-            rows = self.rows(start, min(start + block, queries), (0, keys), device, dtype)
+        for start, stop in pieces(queries, block):
+            rows = self.rows(start, stop, (0, keys), device, dtype)
             seen = seen | rows.visible.any(-2, keepdim=True)
         return seen.sum(-1, keepdim=True)
+
+
+def pieces(rows: int, block: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of each block of rows, at least one; for ONNX one that holds them all.
+
+    >>> list(pieces(5, 2))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    if onnx_export():  # one graph for all lengths has no loop over blocks
+        yield 0, rows
+        return
+    for start in range(0, max(rows, 1), block):
+        yield start, min(start + block, rows)
 
 
 def hidden_below(dtype: torch.dtype) -> float:

@@ -17,7 +17,7 @@ from aftermax import kernels
 from aftermax.blocks import no_autocast
 from aftermax.call import check_inputs, complete
 from aftermax.linear.walk import both_ways, check_way, in_parallel, repeated, walk, why_not_cpu
-from aftermax.reference import transformed
+from aftermax.reference import onnx_export, transformed
 from aftermax.visible import Visible, check_tokens
 
 SEE_DIFFERENTLY = "the visible keys differ from query to query"
@@ -94,8 +94,8 @@ class Separable:
 
     `attend` walks in O(T) where every query sees the same keys, but for causality; where a mask or
     a window differs from query to query the same weights are summed in parallel form, in O(T^2)
-    time and O(T) memory. There are no scores that anything could be added to: ALiBi and float masks
-    that do more than hide raise.
+    time and O(T) memory. `torch.onnx.export` always takes the parallel form. There are no scores
+    that anything could be added to: ALiBi and float masks that do more than hide raise.
     """
 
     totals: ClassVar[bool] = False
@@ -174,6 +174,8 @@ class Separable:
         if form not in (None, "parallel") and not (walks and visible.causal):
             why = "the call is not causal" if walks else SEE_DIFFERENTLY
             raise ValueError(f"{self._name}: form={form!r}, but {why}")
+        if form is None and onnx_export() and (visible.causal or self.decays):
+            form = "parallel"
         with no_autocast(query.device):
             if walks and form != "parallel":
                 out, _ = self._walk(call, self._nothing(call))

@@ -31,7 +31,7 @@ from aftermax.attention import IMPLS, attention
 from aftermax.blocks import no_autocast
 from aftermax.fused import EMPTY
 from aftermax.kernels import linear_ops
-from aftermax.reference import transformed
+from aftermax.reference import NOT_IN_ONNX, onnx_export, transformed
 from aftermax.visible import Rows, Visible
 from aftermax.weights.row_map import RowMap
 
@@ -128,6 +128,8 @@ def why_not_cpu(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"the kernel computes in float32, not in {query.dtype}"
     if transformed():
         return "the kernel knows no torch.func transforms and no forward-mode derivatives"
+    if onnx_export():
+        return NOT_IN_ONNX
     if not all((query.numel(), key.numel(), value.numel())):
         return EMPTY
     return None
