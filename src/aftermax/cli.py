@@ -146,6 +146,62 @@ def import_(file: Annotated[Path, tyro.conf.Positional], out: Out = OUT) -> None
     Console().print("; ".join(said), highlight=False, soft_wrap=True)
 
 
+def generate(
+    model: Path,
+    prompt: str = "",
+    run: str | None = None,
+    system: str | None = None,
+    attention: str | None = None,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    threads: int | None = None,
+    impl: Literal["cpu", "reference"] | None = None,
+) -> None:
+    """Stream text from a model of `aftermax compare`, or from a Hugging Face folder.
+
+    The text goes to standard output, what it took to standard error.
+
+    Args:
+        model: the folder of `aftermax compare` (its --out), a run in it or that run's checkpoint;
+            or a folder with the config.json of a Hugging Face model, or with a GGUF file.
+        prompt: what the text goes on from; - reads standard input.
+        run: the run of a folder of `aftermax compare` by its name.
+        system: the same by its system; of several seeds the first is taken.
+        attention: what a Hugging Face model runs, a name of the catalogue; by default what it was
+            converted to, or softmax.
+        max_new_tokens: the longest text.
+        temperature: what logits are divided by; 0 = always the likeliest token.
+        top_k: only the k likeliest tokens are drawn; by default all are.
+        top_p: only the likeliest tokens that hold this probability together are drawn.
+        seed: of the draws: the same seed, the same text.
+        dtype: of weights and activations.
+        threads: by default what torch takes.
+        impl: the kernels ("cpu") or plain torch; by default whichever can.
+    """
+    from aftermax.lab import generate as lab
+
+    sampling = lab.Sampling(temperature, top_k, top_p, seed)
+    try:
+        lab.main(
+            model,
+            prompt,
+            run=run,
+            system=system,
+            attention=attention,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            dtype=dtype,
+            threads=threads,
+            impl=impl,
+        )
+    except KeyboardInterrupt:  # before there was any text; nothing goes on from here
+        raise SystemExit(130) from None
+
+
 def catalogue() -> None:
     """Print the table of systems; a wide terminal shows the five words of each as well."""
     console = Console()
@@ -211,6 +267,7 @@ def main() -> None:
         "report": report,
         "export": export,
         "import": import_,
+        "generate": generate,
         "catalogue": catalogue,
     }
     try:

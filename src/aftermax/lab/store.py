@@ -157,6 +157,15 @@ class Store:
         settings, machine, data = (json.loads(part) for part in parts)
         return {"preset": preset, "settings": settings, "machine": machine, "data": data}
 
+    def works_of(self, run: str) -> list[str]:
+        """The works that have this run, the latest first."""
+        found = self.connection.execute(
+            "select works.id from works join members on members.work = works.id "
+            "where members.run = ? order by works.started desc",
+            (run,),
+        )
+        return [work for (work,) in found]
+
     def runs(self, work: str) -> list[dict]:
         """The runs of a work, in the order in which they were added."""
         columns = ("id", "kind", "system", "seed", "learning_rate", "status", "started", "finished")
