@@ -53,8 +53,8 @@ class Language(Protocol):
     @property
     def state_bytes(self) -> int: ...
 
-    def explain(self, tokens: int) -> str:
-        """Which way attention goes for so many new tokens."""
+    def explain(self, tokens: int, held: int) -> str:
+        """Which way attention goes for so many new tokens, after so many that are held."""
         ...
 
 
@@ -245,10 +245,11 @@ def show(pieces: Iterator[str], to: TextIO) -> None:
 def report(language: Language, spent: Spent, dtype: str, console: Console) -> None:
     """Speed, the ways that attention went, and the state."""
     held = spent.prompt + spent.read
+    prompt, new = language.explain(spent.prompt, 0), language.explain(1, held)
     lines = [
         f"{language.name}, {dtype}, threads: {torch.get_num_threads()}",
-        f"prompt: {_speed(spent.prompt, spent.prompt_seconds)}; {language.explain(spent.prompt)}",
-        f"new:    {_speed(spent.read, spent.seconds)}; {language.explain(1)}",
+        f"prompt: {_speed(spent.prompt, spent.prompt_seconds)}; {prompt}",
+        f"new:    {_speed(spent.read, spent.seconds)}; {new}",
         f"state:  {language.state_bytes / 1024:,.1f} KiB after {held:,} tokens",
         f"end:    {spent.end} ({spent.new:,} new)",
     ]

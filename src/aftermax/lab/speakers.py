@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +80,23 @@ class OfRun:
     def state_bytes(self) -> int:
         return sum(held.bytes for held in self.state)
 
-    def explain(self, tokens: int) -> str:
+    def explain(self, tokens: int, held: int) -> str:
         attend = self.model.attentions[0]
         like = self.model.embed.weight
         query = like.new_zeros(1, attend.heads, tokens, attend.head_dim)
-        key = query[:, : attend.kv_heads]
         system, impl = attend.system, attend.impl
         if not isinstance(system, Dense):
             if impl:
                 return f"{impl}: asked for"
+            key = query[:, : attend.kv_heads]
             return system.explain(query, key, key, Visible(causal=True))  # type: ignore[attr-defined]
+        key = like.new_zeros(1, attend.kv_heads, held + tokens, attend.head_dim)
         return aftermax.explain(
             query,
             key,
             key,
             weights=system.weights,
-            attn_mask=attend.what_is_visible(None),
+            attn_mask=replace(attend.what_is_visible(None), offset=held),
             enable_gqa=True,
             impl=impl,
             **attend.learned,  # type: ignore[arg-type]
@@ -142,7 +144,9 @@ class OfHuggingFace:
         lists = [end if isinstance(end, list) else [end] for end in ends if end is not None]
         self.ends = frozenset(token for tokens in lists for token in tokens)
         self.cache: Any = None
-        self.last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        self.kept = "cache" if "cache" in takes else "past_key_values"  # before transformers 5.24
+        self.last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.text = Held(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
 
     @classmethod
@@ -184,11 +188,9 @@ class OfHuggingFace:
 
     @torch.inference_mode()
     def read(self, tokens: list[int]) -> Tensor:
-        options = {"logits_to_keep": 1} if self.last else {}
-        out = self.model(
-            input_ids=torch.tensor([tokens]), past_key_values=self.cache, use_cache=True, **options
-        )
-        self.cache = out.past_key_values
+        options = {self.kept: self.cache, "use_cache": True, **self.last}
+        out = self.model(input_ids=torch.tensor([tokens]), **options)
+        self.cache = out[self.kept]
         return out.logits[0, -1].float()
 
     def write(self, token: int) -> str:
@@ -203,15 +205,18 @@ class OfHuggingFace:
         held = [x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor)]
         return sum(x.numel() * x.element_size() for x in held)
 
-    def explain(self, tokens: int) -> str:
+    def explain(self, tokens: int, held: int) -> str:
+        from aftermax.hf.masks import visible_of
+
         first = self.seen[0]
         query = torch.zeros(1, first.heads, tokens, first.key_dim, dtype=self.model.dtype)
-        value = query.new_zeros(1, first.heads, tokens, first.value_dim)
-        visible = Visible(causal=True)
+        key = query.new_zeros(1, first.heads, held + tokens, first.key_dim)
+        value = query.new_zeros(1, first.heads, held + tokens, first.value_dim)
+        visible = visible_of(None, tokens, held + tokens, causal=True)
         if not isinstance(first.system, Dense):
-            return first.system.explain(query, query, value, visible)  # type: ignore[attr-defined]
+            return first.system.explain(query, key, value, visible)  # type: ignore[attr-defined]
         weights = first.system.weights
-        return aftermax.explain(query, query, value, weights=weights, attn_mask=visible)
+        return aftermax.explain(query, key, value, weights=weights, attn_mask=visible)
 
 
 class Held:
