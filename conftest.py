@@ -1,6 +1,8 @@
-"""The code of the README runs as a test."""
+"""The code of the README, and of the page on serving, runs as a test."""
 
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md"]).pytest()
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/serving.md"]
+).pytest()

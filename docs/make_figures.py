@@ -60,6 +60,7 @@ PAGES = (
     DOCS / "images.md",
     DOCS / "labels.md",
     DOCS / "huggingface.md",
+    DOCS / "serving.md",
 )
 
 

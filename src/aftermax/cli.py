@@ -166,13 +166,11 @@ def generate(
     The text goes to standard output, what it took to standard error.
 
     Args:
-        model: the folder of `aftermax compare` (its --out), a run in it or that run's checkpoint;
-            or a folder with the config.json of a Hugging Face model, or with a GGUF file.
+        model: the --out of `aftermax compare`, a run's folder in it, or a Hugging Face folder.
         prompt: what the text goes on from; - reads standard input.
         run: the run of a folder of `aftermax compare` by its name.
         system: the same by its system; of several seeds the first is taken.
-        attention: what a Hugging Face model runs, a name of the catalogue; by default what it was
-            converted to, or softmax.
+        attention: of a Hugging Face model; by default what it was converted to, or softmax.
         max_new_tokens: the longest text.
         temperature: what logits are divided by; 0 = always the likeliest token.
         top_k: only the k likeliest tokens are drawn; by default all are.
