@@ -48,7 +48,7 @@ def refused(run, *arguments) -> str:
 def test_help_names_the_commands(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("compare", "report", "export", "import", "catalogue"):
+    for command in ("compare", "report", "export", "import", "generate", "catalogue"):
         assert command in out
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from aftermax.cli import main
-from aftermax.lab import generate as lab
 from aftermax.lab.generate import Sampling, Spent, generate, show
 from aftermax.lab.speakers import Held, OfHuggingFace, OfRun
 from aftermax.lab.trained import find
@@ -260,6 +259,10 @@ def test_a_run_of_another_task_is_refused(run, tmp_path):
     assert "is of the task vision, whose models tell no next token" in told
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_ctrl_c_ends_with_what_was_spent(run, comparison, monkeypatch):
     read = OfRun.read
 
@@ -269,10 +272,15 @@ def test_ctrl_c_ends_with_what_was_spent(run, comparison, monkeypatch):
         return read(self, tokens)
 
     monkeypatch.setattr(OfRun, "read", interrupted)
-    code, text, told = run("--model", comparison[0], "--system", "lssar", "--prompt", "eee")
+    options = ("--model", comparison[0], "--system", "lssar", "--prompt")
+    code, text, told = run(*options, "eee")
     assert code == 130
     assert text
     assert "end:    Ctrl-C (5 new)" in told
+    monkeypatch.setattr(OfRun, "encode", interrupt)
+    code, text, told = run(*options, "eee")
+    assert (code, text) == (130, "")
+    assert "prompt: 0 tokens in 0 s, not measured" in told
 
 
 def test_a_reader_that_goes_ends_it(comparison):
@@ -308,12 +316,13 @@ def llama(tmp_path_factory):
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<end>": 0} | {letter: i for i, letter in enumerate(alphabet, start=1)}
-    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary["qz"] = len(vocabulary)
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[("q", "z")]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
     config = transformers.LlamaConfig(
-        vocab_size=257,
+        vocab_size=258,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -375,6 +384,50 @@ def test_a_folder_without_weights_or_with_two_gguf_files(run, llama, tmp_path):
     assert "several GGUF files: a.gguf, b.gguf" in run("--model", tmp_path)[2]
 
 
+@pytest.fixture
+def gguf_file(llama, tmp_path):
+    """The weights and the tokenizer of the small Llama as llama.cpp writes them."""
+    gguf = pytest.importorskip("gguf")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM.from_pretrained(llama)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    config = model.config
+    writer = gguf.GGUFWriter(tmp_path / "small.gguf", "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(list(range(config.vocab_size))))
+    writer.add_token_types([3] + [1] * (config.vocab_size - 1))
+    writer.add_token_merges(["q z"])
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for part, count in heads.items():
+            if part in name:  # llama.cpp turns neighbours, transformers halves
+                tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "small.gguf"
+
+
+def test_a_folder_with_a_gguf_file(run, llama, gguf_file):
+    options = ("--prompt", "e", "--temperature", 0, "--max-new-tokens", 20)
+    code, text, told = run("--model", gguf_file.parent, *options)
+    assert code == 0, told
+    assert text == run("--model", llama, *options)[1]
+
+
 def test_nan_is_said(tmp_path):
     language = language_of(tmp_path, "softmax", "bytes")
     language.model.norm.weight.data.fill_(torch.nan)
@@ -385,4 +438,3 @@ def test_nan_is_said(tmp_path):
 def test_the_number_of_threads_is_set(run, comparison, set_threads):
     run("--model", comparison[0], "--system", "lssar", "--threads", 2, "--max-new-tokens", 1)
     assert torch.get_num_threads() == 2
-    assert lab.PICTURES[27] == ord("␛")

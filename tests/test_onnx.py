@@ -135,6 +135,40 @@ def test_a_module_with_positions_and_padding(positions):
     torch.testing.assert_close(run(x, seen), expected, rtol=0, atol=8 * EPS)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["softmax", "lssar", "transnormer"])
+def test_a_hugging_face_model(attention):
+    transformers = pytest.importorskip("transformers")
+    from aftermax.hf import convert
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            config = transformers.LlamaConfig(
+                vocab_size=97,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            self.model = convert(model, attention)
+
+        def forward(self, tokens, mask):
+            return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+
+    model = Logits()
+    tokens = torch.randint(97, (3, 70))
+    seen = torch.arange(70).expand(3, 70) >= torch.tensor([[0], [5], [9]])
+    example = (tokens[:2, :20], seen[:2, :20].long())
+    run = in_onnxruntime(model, example, ({0: OPEN, 1: OPEN},) * 2)
+    with torch.no_grad():
+        expected = model(tokens, seen.long())
+    got = run(tokens, seen.long())
+    torch.testing.assert_close(got[seen], expected[seen], rtol=0, atol=32 * EPS)
+
+
 class Rows(nn.Module):
     def forward(self, x):
         return aftermax.softmax(x, -1), aftermax.log_softmax(x, -1), aftermax.logsumexp(x, -1)
