@@ -4,5 +4,6 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/serving.md"]
+    parsers=[PythonCodeBlockParser()],
+    patterns=["README.md", "docs/serving.md", "docs/huggingface.md"],
 ).pytest()
