@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,12 +198,12 @@ def row_maps() -> Figure:
     key[..., 0] = 8.0 * cosines
     key[..., 1] = 8.0 * (1 - cosines**2).sqrt()
     entries = [e for e in CATALOGUE if isinstance(e.system, RowMap) and e.name != "rela-rms"]
-    figure, axes = plt.subplots(2, (len(entries) + 1) // 2, figsize=(13, 4.2), sharex=True)
+    figure, axes = plt.subplots(2, (len(entries) + 1) // 2, figsize=(13, 4.6), sharex=True)
     for place, (axis, entry) in enumerate(zip(axes.flat, entries, strict=False)):
         weights = attention_weights(query, key, weights=entry.system)
         index = [e.name for e in CATALOGUE].index(entry.name)
         axis.bar(range(16), weights[0, 0, 0].numpy(), color=COLOURS[index % len(COLOURS)])
-        axis.set_title(entry.title, fontsize=8.5)
+        axis.set_title(textwrap.fill(entry.title, 19), fontsize=8.5, va="bottom")
         axis.tick_params(labelsize=7, labelbottom=place >= len(entries) / 2)
         axis.set_xticks([0, 5, 10, 15], ["0.95", "0.45", "-0.05", "-0.55"])
         axis.grid(axis="x", visible=False)
