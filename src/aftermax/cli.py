@@ -200,6 +200,32 @@ def generate(
         raise SystemExit(130) from None
 
 
+def to_hugging_face(
+    model: Path, to: Path, run: str | None = None, system: str | None = None
+) -> None:
+    """Write a model of `aftermax compare` as a Hugging Face folder.
+
+    It is a Llama, or a Qwen3 where queries and keys are normed; `aftermax.hf.load` opens it with
+    its attention, and AutoTokenizer finds its tokens.
+
+    Args:
+        model: the --out of `aftermax compare`, or a run's folder in it.
+        to: the folder that is written.
+        run: the run of a folder of `aftermax compare` by its name.
+        system: the same by its system; of several seeds the first is taken.
+    """
+    try:
+        from aftermax.lab.hugging_face import save
+    except ImportError as error:
+        raise ValueError(f"this needs transformers: pip install 'aftermax[hf]' ({error})") from None
+    from aftermax.lab.trained import find
+
+    trained = find(model, run, system)
+    written = save(trained, to)
+    kind = type(written).__name__
+    Console().print(f"{trained.name} in {to}, a {kind}", highlight=False, soft_wrap=True)
+
+
 def catalogue() -> None:
     """Print the table of systems; a wide terminal shows the five words of each as well."""
     console = Console()
@@ -266,6 +292,7 @@ def main() -> None:
         "export": export,
         "import": import_,
         "generate": generate,
+        "to-hugging-face": to_hugging_face,
         "catalogue": catalogue,
     }
     try:

@@ -111,19 +111,19 @@ def _byte_tokens(corpus: Corpus) -> tuple[Callable[[int], bytes], Callable[[str]
     from tokenizers import Tokenizer
 
     bpe = Tokenizer.from_file(str(model))
-    byte_of = _alphabet()
+    byte_of = byte_letters()
     return (
         lambda token: bytes(byte_of[character] for character in bpe.id_to_token(token) or ""),
         lambda text: bpe.encode(text.encode("utf-8", "replace").decode()).ids,
     )
 
 
-def _alphabet() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """The characters that byte-level BPE writes bytes as: printable ones stand for themselves, the
     others for the characters from U+0100 on, in order (GPT-2's).
 
-    >>> alphabet = _alphabet()
-    >>> alphabet["a"], alphabet["Ġ"]
+    >>> letters = byte_letters()
+    >>> letters["a"], letters["Ġ"]
     (97, 32)
     """
     own = [*range(33, 127), *range(161, 173), *range(174, 256)]
