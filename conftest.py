@@ -5,5 +5,10 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser()],
-    patterns=["README.md", "docs/serving.md", "docs/huggingface.md"],
+    patterns=[
+        "README.md",
+        "docs/serving.md",
+        "docs/huggingface.md",
+        "docs/huggingface_examples.md",
+    ],
 ).pytest()
