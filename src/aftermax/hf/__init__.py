@@ -8,10 +8,11 @@ except ImportError as error:  # the base install is the library alone
     ) from None
 
 from aftermax.hf.check import Layer, Report, check
-from aftermax.hf.convert import convert, load
+from aftermax.hf.convert import convert, load, make_recurrent
 from aftermax.hf.distil import Distilled, distil
 from aftermax.hf.door import register
 from aftermax.hf.loss import causal_lm_loss
+from aftermax.hf.recurrent import recurrent_refusal
 
 __all__ = [
     "Distilled",
@@ -22,5 +23,7 @@ __all__ = [
     "convert",
     "distil",
     "load",
+    "make_recurrent",
+    "recurrent_refusal",
     "register",
 ]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from aftermax.dense import Dense
 from aftermax.hf.door import LEARNED, PREFIX, Seen, watched
+from aftermax.hf.recurrent import RecurrentLayer, is_carried, recurrent_refusal
 from aftermax.linear.separable import Separable
 
 TOKENS = 8
@@ -101,7 +102,7 @@ def check(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> Repor
     except Exception as error:  # whatever a model meets is what is to be told
         problem = f"it does not run: {type(error).__name__}: {error}"
         return Report(type(model).__name__, implementation, (), (problem,))
-    layers = tuple(_layer(name, module, seen) for name, module in ran.items())
+    layers = tuple(_layer(model, name, module, seen) for name, module in ran.items())
     return Report(
         type(model).__name__, implementation, layers, tuple(_problems(model, inputs, layers))
     )
@@ -175,7 +176,9 @@ def _run(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
         model.train(training)
 
 
-def _layer(name: str, module: nn.Module, seen: dict[str, Seen]) -> Layer:
+def _layer(
+    model: PreTrainedModel, name: str, module: nn.Module, seen: dict[str, Seen]
+) -> Layer:
     kind = type(module).__name__
     found = seen.get(name)
     if found is None:
@@ -187,12 +190,25 @@ def _layer(name: str, module: nn.Module, seen: dict[str, Seen]) -> Layer:
             f"{_told(system)} learns {', '.join(learns)}, which stay at their initial values here: "
             "aftermax.hf.convert(model, ...) makes them parameters"
         )
+    if is_carried(module):
+        cache = f"a state of {_state_bytes(model, module):,} bytes"
+        return Layer(name, kind, _told(system), cache, tuple(notes))
     if isinstance(system, Separable):
+        refused = recurrent_refusal(model, module, system)
         notes.append(
-            f"{_told(system)} needs a state of one size alone, but through this door the model "
-            "keeps all keys and values"
+            f"{_told(system)} needs a state of one size alone, but the model keeps all keys and "
+            "values: "
+            + (f"{refused}" if refused else "aftermax.hf.make_recurrent(model) keeps the state")
         )
     return Layer(name, kind, _told(system), "all keys and values", tuple(notes))
+
+
+def _state_bytes(model: PreTrainedModel, module: nn.Module) -> int:
+    """Of one sequence."""
+    cache = _run(model, {"input_ids": small_batch(model)["input_ids"], "use_cache": True})
+    layer = cache.past_key_values.layers[module.layer_idx]
+    assert isinstance(layer, RecurrentLayer)
+    return layer.bytes
 
 
 def _told(system) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -16,6 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 
 from aftermax.hf.check import look
 from aftermax.hf.door import LEARNED, OWN, PREFIX, Seen, implementation, on_softmax, system_named
+from aftermax.hf.recurrent import CARRIED, carry, is_carried, recurrent_refusal
 
 SAVED = "aftermax"
 """The field of a model's config that says what `convert` did."""
@@ -26,6 +27,7 @@ def convert(
     attention: str = "softmax",
     *,
     layers: Iterable[int] | None = None,
+    cache: Literal["full", "recurrent"] = "full",
     inputs: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Give a loaded model another attention, in place.
@@ -34,6 +36,8 @@ def convert(
         attention: a name of the catalogue, or one given to `register`.
         layers: numbers of the layers that get it (negative ones count from the end); the others
             keep what they have, or get our softmax. None = all.
+        cache: what these layers keep while decoding: "full", all keys and values, or "recurrent",
+            a state of one size (linear systems only); see `make_recurrent`.
         inputs: as in `check`, for models whose input is not known here.
 
     Returns:
@@ -42,7 +46,8 @@ def convert(
 
     Raises:
         ValueError: for a model class that transformers' attention interface does not reach, for
-            what its attention needs and the system does not do, and for layers that there are not.
+            what its attention needs and the system does not do, for layers that there are not, and
+            for a state where the system, or the model, can have none.
 
     >>> from transformers import AutoModelForCausalLM, LlamaConfig
     >>> config = LlamaConfig(
@@ -53,6 +58,8 @@ def convert(
     >>> [name for name, _ in model.named_parameters() if "aftermax" in name]
     ['model.layers.1.self_attn.aftermax_learned.sink']
     """
+    if cache not in ("full", "recurrent"):
+        raise ValueError(f"cache must be 'full' or 'recurrent', got {cache!r}")
     name, layers = implementation(attention), None if layers is None else list(layers)
     before = str(model.config._attn_implementation)
     chosen = choose(model, name if layers is None else otherwise(model), layers, inputs)
@@ -61,6 +68,8 @@ def convert(
         give(found.module, found, name, own=layers is not None)
     try:
         look(model, inputs)  # a system may not do what this model asks of it
+        if cache == "recurrent":
+            make_recurrent(model, layers, inputs=inputs)
     except ValueError:
         for place, found in chosen.items():
             _put_back(found.module, had[place])
@@ -70,11 +79,67 @@ def convert(
     return model
 
 
+def make_recurrent(
+    model: PreTrainedModel,
+    layers: Iterable[int] | None = None,
+    *,
+    recurrent: bool = True,
+    inputs: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Let layers that run a linear system keep its state alone, in place.
+
+    What they run, and what they have learned, stays as it is: after `convert` or `distil`.
+
+    Args:
+        layers: numbers of the layers (negative ones count from the end). None = all.
+        recurrent: False = they keep all keys and values again.
+        inputs: as in `check`.
+
+    Returns:
+        The model. The layers are in its config; `load` finds them there.
+
+    Raises:
+        ValueError: for layers that cannot (see `recurrent_refusal`); none is changed then.
+
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> config = LlamaConfig(
+    ...     vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2,
+    ... )
+    >>> model = make_recurrent(convert(AutoModelForCausalLM.from_config(config), "linear"))
+    >>> cache = model(torch.arange(80)[None] % 97).past_key_values
+    >>> [layer.bytes for layer in cache.layers]
+    [586, 586]
+    """
+    seen, _ = look(model, inputs)
+    if not seen:
+        raise ValueError(f"{type(model).__name__} runs no attention of aftermax: convert it first")
+    chosen = _of_layers(seen, None if layers is None else list(layers))
+    if recurrent:
+        _refuse_a_state(model, chosen)
+    for found in chosen.values():
+        carry(found.module, recurrent)
+    _record_carried(model)
+    return model
+
+
+def _refuse_a_state(model: PreTrainedModel, chosen: dict[str, Seen]) -> None:
+    refused: dict[str, list[str]] = {}
+    for name, found in chosen.items():
+        why = recurrent_refusal(model, found.module, found.system)
+        if why is not None:
+            refused.setdefault(why, []).append(name)
+    if refused:
+        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in refused.items())
+        raise ValueError(f"{type(model).__name__} cannot keep a state in place of keys: {told}")
+
+
 def load(
     path: str | Path,
     attention: str | None = None,
     *,
     layers: Iterable[int] | None = None,
+    cache: Literal["full", "recurrent"] = "full",
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A model from disk with an attention of this library.
@@ -84,7 +149,8 @@ def load(
 
     Args:
         path: a folder, as for `from_pretrained`.
-        attention, layers: as in `convert`; by default what the model was saved with, else softmax.
+        attention, layers, cache: as in `convert`; by default what the model was saved with, else
+            softmax.
         **kwargs: of `from_pretrained` (dtype, gguf_file ...).
 
     Raises:
@@ -93,6 +159,7 @@ def load(
     gguf = {k: kwargs[k] for k in ("gguf_file",) if k in kwargs}
     config = AutoConfig.from_pretrained(path, **gguf)
     saved = getattr(config, SAVED, None) or []
+    carried = getattr(config, CARRIED, None) or []
     steps = [{"attention": attention, "layers": layers}] if attention else saved
     steps = steps or [{"attention": "softmax", "layers": None}]
     whole = "softmax" if steps[0]["layers"] is not None else steps[0]["attention"]
@@ -101,9 +168,11 @@ def load(
         model = kind.from_pretrained(path, attn_implementation=implementation(whole), **kwargs)
     setattr(model.config, SAVED, [])
     for step in steps:
-        convert(model, step["attention"], layers=step["layers"])
+        convert(model, step["attention"], layers=step["layers"], cache=cache)
     if not attention:
         _restore(model, Path(path))
+        if carried:
+            make_recurrent(model, carried)
     return model
 
 
@@ -159,7 +228,8 @@ def give(module: nn.Module, found: Seen, name: str, own: bool) -> None:
 
 
 def _had(module: nn.Module) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in (LEARNED, OWN) if hasattr(module, name)}
+    names = (LEARNED, OWN, CARRIED)
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
 
 
 def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
@@ -169,6 +239,7 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
             delattr(module, name)
         if name in attributes:
             setattr(module, name, attributes[name])
+    carry(module, CARRIED in attributes)
 
 
 def record(model: PreTrainedModel, name: str, layers: list[int] | None) -> None:
@@ -176,6 +247,13 @@ def record(model: PreTrainedModel, name: str, layers: list[int] | None) -> None:
     step = {"attention": name.removeprefix(PREFIX), "layers": layers}
     earlier = [] if layers is None else list(getattr(model.config, SAVED, None) or [])
     setattr(model.config, SAVED, [*earlier, step])
+    _record_carried(model)
+
+
+def _record_carried(model: PreTrainedModel) -> None:
+    names = [name for name, module in model.named_modules() if is_carried(module)]
+    if names or hasattr(model.config, CARRIED):
+        setattr(model.config, CARRIED, sorted(_layer_number(name) for name in names))
 
 
 def _through_the_door(model: PreTrainedModel, inputs: dict | None) -> dict[str, Seen]:

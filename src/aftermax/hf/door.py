@@ -21,6 +21,7 @@ from aftermax.attention import attention_weights
 from aftermax.catalogue import CATALOGUE
 from aftermax.dense import Dense, System, as_system
 from aftermax.hf.masks import bool_mask, places_are_known, visible_of
+from aftermax.hf.recurrent import HELD
 from aftermax.weights import RowMap, ScaleInvariantSoftmax, SoftmaxSink
 
 PREFIX = "aftermax-"
@@ -156,7 +157,8 @@ def attend_as(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: (B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv) -> (B, Tq, H, Dv).
 
-    Queries and keys come placed (RoPE) and with all that the cache holds. `scaling` is taken as
+    Queries and keys come placed (RoPE) and with all that the cache holds, or with the layer of the
+    cache that holds a state (see `aftermax.hf.recurrent`). `scaling` is taken as
     given by the systems that multiply query and key; those that compare directions, or map both to
     features, have a scale of their own.
 
@@ -167,6 +169,7 @@ def attend_as(
         ValueError: for what the model asks of its attention and this system does not do.
     """
     system, learned = system_of(module, system), dict(getattr(module, LEARNED, {}))
+    held = None if _plain else kwargs.pop(HELD, None)
     if _plain:
         system, learned = Dense(SoftmaxSink()), {}
     if _watching and not torch.compiler.is_compiling():
@@ -178,6 +181,9 @@ def attend_as(
         learned["sink"] = sinks
         sinks = None
     _refuse(module, system, sinks, attention_mask, kwargs)
+    if held is not None:
+        out = held.attend(system, query, key, value, attention_mask, **learned)
+        return out.transpose(1, 2).contiguous(), None
     if by_distance(system) and not places_are_known(attention_mask, query.shape[-2], key.shape[-2]):
         raise ValueError(
             f"{system} weighs keys by distance, and a compiled model with a static cache does not "
