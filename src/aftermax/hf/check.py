@@ -176,9 +176,7 @@ def _run(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
         model.train(training)
 
 
-def _layer(
-    model: PreTrainedModel, name: str, module: nn.Module, seen: dict[str, Seen]
-) -> Layer:
+def _layer(model: PreTrainedModel, name: str, module: nn.Module, seen: dict[str, Seen]) -> Layer:
     kind = type(module).__name__
     found = seen.get(name)
     if found is None:

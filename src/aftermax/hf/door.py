@@ -182,7 +182,8 @@ def attend_as(
         sinks = None
     _refuse(module, system, sinks, attention_mask, kwargs)
     if held is not None:
-        out = held.attend(system, query, key, value, attention_mask, **learned)
+        options = {"dropout_p": dropout, **learned}
+        out = held.attend(system, query, key, value, attention_mask, **options)
         return out.transpose(1, 2).contiguous(), None
     if by_distance(system) and not places_are_known(attention_mask, query.shape[-2], key.shape[-2]):
         raise ValueError(

@@ -35,10 +35,10 @@ CACHE_NAMES = ("cache", "past_key_values")
 """How the forward of an attention module calls the cache: from transformers 5 on, and before."""
 
 _Theirs: Any = getattr(cache_utils, "LinearAttentionLayer", None)
-_Base: Any = object if _Theirs is None else _Theirs
+_Bases: tuple[Any, ...] = (CacheLayerMixin,) if _Theirs is None else (_Theirs, CacheLayerMixin)
 
 
-class RecurrentLayer(_Base, CacheLayerMixin):
+class RecurrentLayer(*_Bases):
     """A layer of a cache that holds a `LinearState`, and no keys.
 
     From transformers 5 on it is one of their `LinearAttentionLayer`: its recurrent states are the
@@ -79,7 +79,7 @@ class RecurrentLayer(_Base, CacheLayerMixin):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        **learned: Tensor,
+        **options: Any,
     ) -> Tensor:
         """The next tokens after the state, which takes them in: as `System.step`.
 
@@ -99,9 +99,10 @@ class RecurrentLayer(_Base, CacheLayerMixin):
             factory = {"device": key.device, "dtype": key.dtype}
             state = system.init_state(batch, kv_heads, width, value.shape[-1], **factory)
         out, state = system.step(
-            query, key, value, state, Visible(causal=True), seen, enable_gqa=True, **learned
+            query, key, value, state, Visible(causal=True), seen, enable_gqa=True, **options
         )
-        self.hold(state)
+        sums, count, flawed = (_alone(x) for x in (state.sums, state.count, state.flawed))
+        self.hold(LinearState(sums, count, flawed, state.length))
         return out
 
     def hold(self, state: LinearState | None) -> None:
@@ -171,8 +172,8 @@ class RecurrentLayer(_Base, CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
             rows = indices.to(self.state.sums.device)
-            tensors = (self.state.sums, self.state.count, self.state.flawed)
-            self.hold(LinearState(*(x[rows] for x in tensors), self.state.length))
+            sums, count, flawed = self.state.sums, self.state.count, self.state.flawed
+            self.hold(LinearState(sums[rows], count[rows], flawed[rows], self.state.length))
 
 
 NO_WAY_BACK = (
@@ -269,6 +270,13 @@ def layer_of(cache: Any, number: int) -> RecurrentLayer:
         )
     layers[number] = RecurrentLayer()
     return layers[number]
+
+
+def _alone(x: Tensor) -> Tensor:
+    """x, but not as a view that keeps something larger: what all tokens, or all heads, had."""
+    if torch.compiler.is_compiling() or x.untyped_storage().nbytes() == x.nbytes:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 # ---- masks ----
