@@ -113,6 +113,25 @@ def test_padding_in_pieces(side, name):
     assert torch.equal(cache.layers[0].state.count, mask.sum(-1))
 
 
+def test_half_precision_sums_in_float32():
+    full, recurrent = (model.bfloat16() for model in twins())
+    mask = torch.ones_like(tokens())
+    found, cache = piecewise(recurrent, tokens(), mask, (5, 1, 1, 5))
+    expected = full(input_ids=tokens(), use_cache=False).logits
+    assert found.dtype == torch.bfloat16
+    close(found.float(), expected.float(), 1e-2)
+    assert cache.layers[0].state.sums.dtype == torch.float32
+
+
+def test_compiles_in_one_graph():
+    _, recurrent = twins()
+    mask = torch.ones_like(tokens())
+    expected, _ = piecewise(recurrent, tokens(), mask, (LENGTH - 1, 1))
+    compiled = torch.compile(recurrent, backend="eager", fullgraph=True)
+    found, _ = piecewise(compiled, tokens(), mask, (LENGTH - 1, 1))
+    close(found, expected)
+
+
 @pytest.mark.parametrize("layers", [[0], [-1]], ids=["first", "last"])
 @pytest.mark.parametrize("others", ["softmax", "lssar"])
 def test_some_layers(layers, others):

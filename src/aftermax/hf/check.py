@@ -102,7 +102,8 @@ def check(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> Repor
     except Exception as error:  # whatever a model meets is what is to be told
         problem = f"it does not run: {type(error).__name__}: {error}"
         return Report(type(model).__name__, implementation, (), (problem,))
-    layers = tuple(_layer(model, name, module, seen) for name, module in ran.items())
+    states = _state_bytes(model) if any(is_carried(module) for module in ran.values()) else {}
+    layers = tuple(_layer(model, name, module, seen, states) for name, module in ran.items())
     return Report(
         type(model).__name__, implementation, layers, tuple(_problems(model, inputs, layers))
     )
@@ -176,7 +177,13 @@ def _run(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
         model.train(training)
 
 
-def _layer(model: PreTrainedModel, name: str, module: nn.Module, seen: dict[str, Seen]) -> Layer:
+def _layer(
+    model: PreTrainedModel,
+    name: str,
+    module: nn.Module,
+    seen: dict[str, Seen],
+    states: dict[Any, int],
+) -> Layer:
     kind = type(module).__name__
     found = seen.get(name)
     if found is None:
@@ -189,7 +196,7 @@ def _layer(model: PreTrainedModel, name: str, module: nn.Module, seen: dict[str,
             "aftermax.hf.convert(model, ...) makes them parameters"
         )
     if is_carried(module):
-        cache = f"a state of {_state_bytes(model, module):,} bytes"
+        cache = f"a state of {states[module.layer_idx]:,} bytes"
         return Layer(name, kind, _told(system), cache, tuple(notes))
     if isinstance(system, Separable):
         refused = recurrent_refusal(model, module, system)
@@ -201,12 +208,11 @@ def _layer(model: PreTrainedModel, name: str, module: nn.Module, seen: dict[str,
     return Layer(name, kind, _told(system), "all keys and values", tuple(notes))
 
 
-def _state_bytes(model: PreTrainedModel, module: nn.Module) -> int:
-    """Of one sequence."""
-    cache = _run(model, {"input_ids": small_batch(model)["input_ids"], "use_cache": True})
-    layer = cache.past_key_values.layers[module.layer_idx]
-    assert isinstance(layer, RecurrentLayer)
-    return layer.bytes
+def _state_bytes(model: PreTrainedModel) -> dict[Any, int]:
+    """Of one sequence, by the number of the layer."""
+    tokens = small_batch(model)["input_ids"]
+    layers = _run(model, {"input_ids": tokens, "use_cache": True}).past_key_values.layers
+    return {i: layer.bytes for i, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)}
 
 
 def _told(system) -> str:
