@@ -1,6 +1,7 @@
 """A state of one size in the cache of transformers: it decodes what a full pass says."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -305,6 +306,21 @@ def test_refused_with_the_reason(kind, name, reason):
     with pytest.raises(ValueError, match=reason):
         hf.convert(model, name, cache="recurrent")
     assert model.config._attn_implementation == "sdpa"
+    assert not any(is_carried(module) for module in model.modules())
+
+
+def test_a_model_that_hides_its_cache_is_found_out():
+    model = hf.convert(built("llama"), "linear")
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    @functools.wraps(forward)
+    def without(*args, aftermax_held=None, **kwargs):
+        return forward(*args, **kwargs)
+
+    attention.forward = without
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn: the model does not hand it"):
+        hf.make_recurrent(model)
     assert not any(is_carried(module) for module in model.modules())
 
 

@@ -102,7 +102,8 @@ def check(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> Repor
     except Exception as error:  # whatever a model meets is what is to be told
         problem = f"it does not run: {type(error).__name__}: {error}"
         return Report(type(model).__name__, implementation, (), (problem,))
-    states = _state_bytes(model) if any(is_carried(module) for module in ran.values()) else {}
+    some = any(is_carried(module) for module in ran.values())
+    states = state_bytes(model, inputs) if some else {}
     layers = tuple(_layer(model, name, module, seen, states) for name, module in ran.items())
     return Report(
         type(model).__name__, implementation, layers, tuple(_problems(model, inputs, layers))
@@ -132,6 +133,14 @@ def look(
     innermost = [n for n in ran if n in seen or not any(m.startswith(f"{n}.") for m in ran)]
     inner = [n for n in innermost if n in seen or not any(n.startswith(f"{m}.") for m in seen)]
     return seen, {name: module for name, module in modules.items() if name in inner}
+
+
+def state_bytes(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> dict[Any, int]:
+    """Of one sequence, after the small batch: of the layers that kept a state, by their number."""
+    batch = small_batch(model) if inputs is None else inputs
+    layers = _run(model, batch | {"use_cache": True}).past_key_values.layers
+    states = {i: layer for i, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)}
+    return {i: layer.bytes // layer.batch for i, layer in states.items() if layer.state is not None}
 
 
 def small_batch(model: PreTrainedModel) -> dict[str, Any]:
@@ -196,7 +205,8 @@ def _layer(
             "aftermax.hf.convert(model, ...) makes them parameters"
         )
     if is_carried(module):
-        cache = f"a state of {states[module.layer_idx]:,} bytes"
+        size = states.get(module.layer_idx)
+        cache = "all keys and values" if size is None else f"a state of {size:,} bytes"
         return Layer(name, kind, _told(system), cache, tuple(notes))
     if isinstance(system, Separable):
         refused = recurrent_refusal(model, module, system)
@@ -206,13 +216,6 @@ def _layer(
             + (f"{refused}" if refused else "aftermax.hf.make_recurrent(model) keeps the state")
         )
     return Layer(name, kind, _told(system), "all keys and values", tuple(notes))
-
-
-def _state_bytes(model: PreTrainedModel) -> dict[Any, int]:
-    """Of one sequence, by the number of the layer."""
-    tokens = small_batch(model)["input_ids"]
-    layers = _run(model, {"input_ids": tokens, "use_cache": True}).past_key_values.layers
-    return {i: layer.bytes for i, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)}
 
 
 def _told(system) -> str:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
-from aftermax.hf.check import look
+from aftermax.hf.check import look, state_bytes
 from aftermax.hf.door import LEARNED, OWN, PREFIX, Seen, implementation, on_softmax, system_named
 from aftermax.hf.recurrent import CARRIED, carry, is_carried, recurrent_refusal
 
@@ -119,6 +119,8 @@ def make_recurrent(
         _refuse_a_state(model, chosen)
     for found in chosen.values():
         carry(found.module, recurrent)
+    if recurrent:
+        _counted(model, chosen, inputs)
     _record_carried(model)
     return model
 
@@ -132,6 +134,19 @@ def _refuse_a_state(model: PreTrainedModel, chosen: dict[str, Seen]) -> None:
     if refused:
         told = "; ".join(f"{', '.join(names)}: {why}" for why, names in refused.items())
         raise ValueError(f"{type(model).__name__} cannot keep a state in place of keys: {told}")
+
+
+def _counted(model: PreTrainedModel, chosen: dict[str, Seen], inputs: dict | None) -> None:
+    """A model that has its own way with the cache would keep all keys, and say nothing."""
+    kept = state_bytes(model, inputs)
+    lost = [name for name, found in chosen.items() if found.module.layer_idx not in kept]
+    if lost:
+        for found in chosen.values():
+            carry(found.module, False)
+        raise ValueError(
+            f"{type(model).__name__} cannot keep a state in place of keys: "
+            f"{', '.join(lost)}: the model does not hand it the cache by name"
+        )
 
 
 def load(

@@ -122,6 +122,10 @@ class RecurrentLayer(*_Bases):
         """Of the state, in all rows of the batch."""
         return 0 if self.state is None else self.state.bytes
 
+    @property
+    def batch(self) -> int:
+        return 0 if self.state is None else self.state.count.shape[0]
+
     def lazy_initialization(self, *_, **__) -> None:
         """The state is made by the first tokens."""
 
@@ -166,7 +170,7 @@ class RecurrentLayer(*_Bases):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
-            rows = torch.arange(self.state.count.shape[0], device=self.state.count.device)
+            rows = torch.arange(self.batch, device=self.state.count.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
