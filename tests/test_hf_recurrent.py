@@ -246,6 +246,20 @@ def test_made_recurrent_and_back():
     assert hf.check(model).ok
 
 
+def test_what_was_distilled_stays():
+    model, batches = built("llama"), [tokens(), tokens().flip(0)]
+    hf.distil(model, batches, "cottention")
+    learned = model.model.layers[0].self_attn.aftermax_learned["m"]
+    assert learned.sub(0.5).abs().max() > 0
+    hf.make_recurrent(model)
+    assert model.model.layers[0].self_attn.aftermax_learned["m"] is learned
+    assert all("state of" in layer.cache for layer in hf.check(model).layers)
+    hf.distil(model, batches, "linear", layers=[1])
+    kept = [layer.cache for layer in hf.check(model).layers]
+    assert kept == ["a state of 522 bytes", "all keys and values"]
+    assert model.config.aftermax_recurrent == [0]
+
+
 # ---- what cannot be ----
 
 
