@@ -1,4 +1,4 @@
-"""The results of `benchmarks/hf.py` and `benchmarks/conversion.py` as tables."""
+"""The results of `benchmarks/hf.py`, `hf_decode.py` and `conversion.py` as tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from aftermax import find
 RESULTS = Path(__file__).parent / "results"
 DOOR = RESULTS / "hf.json"
 CONVERSION = RESULTS / "conversion.json"
+DECODE = RESULTS / "hf_decode.json"
 
 SECTIONS = {"step": "training step", "prefill": "2,048 in, 1 out", "generate": "2,048 in, 64 out"}
 
@@ -58,5 +59,26 @@ def distilled() -> str:
         table.append(
             f"| {find(line['system']).title} | {line['layers']} | {' | '.join(cells)} |"
             f" {missed} | {line['rate']:g} |"
+        )
+    return "\n".join(table)
+
+
+def decode() -> str:
+    """Decoding from a state against decoding from all keys."""
+    results = json.loads(DECODE.read_text())
+    table = [
+        "| key heads | after | cache: all keys, state | softmax, our door | linear, all keys |"
+        " linear, state |",
+        "| --: | --: | --: | --: | --: | --: |",
+    ]
+    for line in results["decode"]:
+        sizes = [line["cache bytes"][name] / 1e6 for name in ("sdpa", "linear, a state")]
+        cells = [
+            _ratio(line["sdpa over"][name])
+            for name in ("softmax, all keys", "linear, all keys", "linear, a state")
+        ]
+        table.append(
+            f"| {line['kv_heads']} | {line['position']:,} | {sizes[0]:.1f} MB, {sizes[1]:.1f} MB |"
+            f" {' | '.join(cells)} |"
         )
     return "\n".join(table)

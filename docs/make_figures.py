@@ -172,6 +172,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     ),
     "hf-door": measured(hf_results.DOOR, hf_results.door),
     "hf-machine": machine_of(hf_results.DOOR),
+    "hf-decode": measured(hf_results.DECODE, hf_results.decode),
     "hf-posthoc": measured(hf_results.CONVERSION, hf_results.posthoc),
     "hf-distilled": measured(hf_results.CONVERSION, hf_results.distilled),
     "injectivity": lambda _: studies.injectivity_table(),

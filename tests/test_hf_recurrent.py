@@ -289,6 +289,22 @@ def test_what_was_summed_cannot_be_taken_back():
         cache.crop(-1)
 
 
+@torch.no_grad()
+def test_what_was_summed_cannot_be_hidden_later():
+    """... and a step that was refused leaves the cache as it was."""
+    _, recurrent = twins()
+    ids, mask = tokens(), torch.ones_like(tokens())
+    expected, _ = piecewise(recurrent, ids, mask, (8, 2))
+    _, cache = piecewise(recurrent, ids, mask, (8,))
+    hidden = mask.clone()
+    hidden[0, :4] = 0
+    with pytest.raises(ValueError, match="neither hidden nor shown later"):
+        recurrent(input_ids=ids[:, 8:10], attention_mask=hidden[:, :10], **{CACHE: cache})
+    assert cache.get_seq_length() == 8
+    found = recurrent(input_ids=ids[:, 8:10], attention_mask=mask[:, :10], **{CACHE: cache}).logits
+    close(found, expected[:, 8:])
+
+
 def test_a_cache_of_another_model():
     full, recurrent = twins()
     cache = full(input_ids=tokens()).past_key_values

@@ -93,8 +93,11 @@ class RecurrentLayer(*_Bases):
         if refused is not None:
             raise ValueError(f"a layer with a recurrent cache: {refused}")
         assert isinstance(system, Separable)
+        self.handed = self.get_seq_length()  # until the state has the new ones
         state, seen = self.state, seen_tokens(mask, query.shape[-2])
-        if state is None:
+        if state is not None:
+            check_past(mask, state, query.shape[-2])
+        else:
             batch, kv_heads, _, width = key.shape
             factory = {"device": key.device, "dtype": key.dtype}
             state = system.init_state(batch, kv_heads, width, value.shape[-1], **factory)
@@ -322,6 +325,24 @@ def _seen_tokens(mask: Tensor, queries: int) -> Tensor | None:
         if not torch.equal(torch.cat([before, ours], -1), mask):
             raise ValueError(f"{ONLY_PADDING}, and the mask differs from query to query")
     return None if seen.all() else seen
+
+
+def check_past(mask: Tensor | None, state: LinearState, queries: int) -> None:
+    """Raise ValueError where a mask shows other earlier tokens than the state took in.
+
+    By their number, which is all that a state knows of them.
+    """
+    if torch.compiler.is_compiling():
+        return
+    shown = torch.full_like(state.count, state.length)
+    if mask is not None:
+        past = mask[:, 0, -1, : mask.shape[-1] - queries]
+        shown = (past if mask.dtype == torch.bool else past > hidden_below(mask.dtype)).sum(-1)
+    if not torch.equal(shown.expand_as(state.count).to(state.count.dtype), state.count):
+        raise ValueError(
+            f"a recurrent cache took in {state.count.tolist()} tokens of the rows, and the mask "
+            f"shows {shown.tolist()} of them: what was summed can be neither hidden nor shown later"
+        )
 
 
 ONLY_PADDING = "a recurrent cache takes a mask that is causal and hides padding"
