@@ -10,6 +10,7 @@ from aftermax import find
 RESULTS = Path(__file__).parent / "results"
 DOOR = RESULTS / "hf.json"
 CONVERSION = RESULTS / "conversion.json"
+LAB = RESULTS / "conversion_lab.json"
 DECODE = RESULTS / "hf_decode.json"
 
 SECTIONS = {"step": "training step", "prefill": "2,048 in, 1 out", "generate": "2,048 in, 64 out"}
@@ -34,9 +35,9 @@ def _ratio(found: dict | None) -> str:
     return "" if found is None else f"{found['ratio']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
 
 
-def posthoc() -> str:
+def posthoc(path: Path) -> str:
     """Softmax taken out of a trained model, nothing trained after it."""
-    results = json.loads(CONVERSION.read_text())
+    results = json.loads(path.read_text())
     before = results["posthoc"][0]["loss"]
     table = ["| in place of softmax | loss at 512 | at 2,048 |", "| --- | --: | --: |"]
     for line in results["posthoc"]:
@@ -45,9 +46,9 @@ def posthoc() -> str:
     return "\n".join(table)
 
 
-def distilled() -> str:
+def distilled(path: Path) -> str:
     """The same after each layer was taught what the old one gave."""
-    results = json.loads(CONVERSION.read_text())
+    results = json.loads(path.read_text())
     table = [
         "| system | layers | loss at 512: before, after | at 2,048: before, after |"
         " output missed: first step, last | learning rate |",

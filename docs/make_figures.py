@@ -24,6 +24,7 @@ with `--check` nothing is written, and a text that does not follow from the resu
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -173,8 +174,14 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "hf-door": measured(hf_results.DOOR, hf_results.door),
     "hf-machine": machine_of(hf_results.DOOR),
     "hf-decode": measured(hf_results.DECODE, hf_results.decode),
-    "hf-posthoc": measured(hf_results.CONVERSION, hf_results.posthoc),
-    "hf-distilled": measured(hf_results.CONVERSION, hf_results.distilled),
+    **{
+        f"hf-{name}{of}": measured(path, functools.partial(table, path))
+        for of, path in {"": hf_results.CONVERSION, "-lab": hf_results.LAB}.items()
+        for name, table in {
+            "posthoc": hf_results.posthoc,
+            "distilled": hf_results.distilled,
+        }.items()
+    },
     "injectivity": lambda _: studies.injectivity_table(),
     "mqar": lambda _: studies.mqar_page(),
     "row-targets": lambda _: kernel_results.row_targets(("avx512",)),

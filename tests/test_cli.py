@@ -48,7 +48,15 @@ def refused(run, *arguments) -> str:
 def test_help_names_the_commands(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("compare", "report", "export", "import", "generate", "catalogue"):
+    for command in (
+        "compare",
+        "report",
+        "export",
+        "import",
+        "generate",
+        "to-hugging-face",
+        "catalogue",
+    ):
         assert command in out
 
 
