@@ -168,6 +168,7 @@ def attend_as(
     Raises:
         ValueError: for what the model asks of its attention and this system does not do.
     """
+    query, key, value = _as_autocast(query, key, value)
     system, learned = system_of(module, system), dict(getattr(module, LEARNED, {}))
     held = None if _plain else kwargs.pop(HELD, None)
     if _plain:
@@ -217,6 +218,16 @@ def by_distance(system: System) -> bool:
     if isinstance(system, Dense):
         return isinstance(system.weights, ScaleInvariantSoftmax)
     return True
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype, as PyTorch's own attention has them: rotary positions, or a norm, may
+    have made float32 of queries and keys, and not of values."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    half = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(half) for x in tensors)
 
 
 def _refuse(
