@@ -7,7 +7,7 @@ transformers = pytest.importorskip("transformers")
 
 from aftermax import CATALOGUE, hf  # noqa: E402
 
-from .hf_models import MODELS, tiny, tokens  # noqa: E402
+from .hf_models import IDS, tiny, tokens  # noqa: E402
 
 CAUSAL = [entry.name for entry in CATALOGUE if entry.causal]
 
@@ -62,3 +62,49 @@ def test_autocast_compiles_in_one_graph():
         found = logits_of(compiled, input_ids=tokens(), use_cache=False)
         expected = logits_of(model, input_ids=tokens())
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+# ---- masks ----
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("cache", ["full", "recurrent"])
+def test_a_mask_that_is_written_to_is_looked_at_again(cache, inference):
+    """A user's own of four dimensions goes through as it is, and may be used again."""
+    model, ids = hf.convert(tiny("llama", "eager"), "linear", cache=cache), tokens()
+    with torch.inference_mode(inference):
+        mask = torch.ones(12, 12).tril().bool()[None, None].repeat(2, 1, 1, 1)
+        before = model(input_ids=ids, attention_mask=mask).logits
+        mask[..., 3] = False
+        after = model(input_ids=ids, attention_mask=mask).logits
+        expected = model(input_ids=ids, attention_mask=mask.clone()).logits
+    assert not torch.equal(after[:, 4:], before[:, 4:])
+    assert torch.equal(after, expected)
+
+
+def nllb_moe():
+    return transformers.NllbMoeForConditionalGeneration, transformers.NllbMoeConfig(
+        vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_experts=2,
+        max_position_embeddings=64, decoder_start_token_id=1, **IDS,
+    )  # fmt: skip
+
+
+def bigbird_pegasus():
+    return transformers.BigBirdPegasusForCausalLM, transformers.BigBirdPegasusConfig(
+        vocab_size=97, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+        max_position_embeddings=64, **IDS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("made", [nllb_moe, bigbird_pegasus])
+def test_decoders_whose_modules_say_that_they_are_not_causal(made):
+    kind, config = made()
+    eager = kind._from_config(config, attn_implementation="eager").eval()
+    ours = kind._from_config(made()[1], attn_implementation="aftermax-softmax").eval()
+    ours.load_state_dict(eager.state_dict())
+    inputs = {"input_ids": tokens()}
+    if config.is_encoder_decoder and made is nllb_moe:
+        inputs["decoder_input_ids"] = tokens()
+    expected, found = (logits_of(model, **inputs) for model in (eager, ours))
+    assert (found - expected).abs().max() < 1e-6

@@ -8,11 +8,16 @@ work falls away, and the linear systems walk with a state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
 from aftermax.visible import Visible, hidden_below
+
+T = TypeVar("T")
 
 
 def bool_mask(*args, **options) -> Tensor | None:
@@ -20,9 +25,34 @@ def bool_mask(*args, **options) -> Tensor | None:
 
     A wrapper that names nothing by place, since the arguments differ between versions. "All is
     seen" is never None: a model that is causal in one place and not in another says both by None.
+    Nor is "causal", in decoders of models that have encoders too: some of their modules (NLLB-MoE,
+    BigBird-Pegasus) say `is_causal = False` and leave it to the mask.
     """
     options["allow_is_bidirectional_skip"] = False
-    return sdpa_mask(*args, **options)
+    config = options.get("config")
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
+        options["allow_is_causal_skip"] = False
+    mask = sdpa_mask(*args, **options)
+    if mask is not None and not torch.compiler.is_compiling():
+        mask._aftermax_made_here = True  # type: ignore[attr-defined]
+    return mask
+
+
+def remembered(mask: Tensor, what: str, key: Any, look: Callable[[], T]) -> T:
+    """`look()`, once for a mask that goes through all layers; again where it was written to."""
+    if hasattr(mask, "_aftermax_made_here"):
+        version = 0
+    elif mask.is_inference():  # one of the user's own, and nothing tells whether it was changed
+        return look()
+    else:
+        version = mask._version
+    name = f"_aftermax_{what}"
+    then, known = getattr(mask, name, (version, {}))
+    known = known if then == version else {}
+    if key not in known:
+        known[key] = look()
+        setattr(mask, name, (version, known))
+    return known[key]
 
 
 def visible_of(
@@ -52,7 +82,8 @@ def visible_of(
         return Visible(causal=causal, offset=offset)
     if mask.ndim != 4 or torch.compiler.is_compiling():
         return Visible(mask=mask)
-    return _remembered(mask, causal, window)
+    key = (causal, window)
+    return remembered(mask, "visible", key, lambda: _shortest(mask, causal, window))
 
 
 def places_are_known(mask: Tensor | None, queries: int, keys: int) -> bool:
@@ -70,15 +101,6 @@ def _with_bias(mask: Tensor | None, bias: Tensor, causal: bool, offset: int) -> 
         return Visible(mask=bias.masked_fill(~mask, torch.finfo(bias.dtype).min))
     hidden = mask <= hidden_below(mask.dtype)  # two numbers at the lowest would add up to -inf
     return Visible(mask=(bias + mask.masked_fill(hidden, 0)).masked_fill(hidden, -torch.inf))
-
-
-def _remembered(mask: Tensor, causal: bool, window: int | None) -> Visible:
-    """`_shortest` of this mask: one tensor goes through all layers, so it is looked at once."""
-    known = getattr(mask, "_aftermax_visible", {})
-    if (causal, window) not in known:
-        known[causal, window] = _shortest(mask, causal, window)
-        mask._aftermax_visible = known  # type: ignore[attr-defined]
-    return known[causal, window]
 
 
 def _shortest(mask: Tensor, causal: bool, window: int | None) -> Visible:

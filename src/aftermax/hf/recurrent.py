@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from aftermax.dense import System
+from aftermax.hf.masks import remembered
 from aftermax.linear.cosformer import CosFormer
 from aftermax.linear.separable import LinearState, Separable
 from aftermax.visible import Visible, hidden_below
@@ -297,11 +298,9 @@ def seen_tokens(mask: Tensor | None, queries: int) -> Tensor | None:
     """
     if mask is None:
         return None
-    known = getattr(mask, "_aftermax_seen", {})  # one tensor goes through all layers
-    if queries not in known:
-        known[queries] = _seen_tokens(mask, queries)
-        mask._aftermax_seen = known  # type: ignore[attr-defined]
-    return known[queries]
+    if torch.compiler.is_compiling():
+        return _seen_tokens(mask, queries)
+    return remembered(mask, "seen", queries, lambda: _seen_tokens(mask, queries))
 
 
 def _seen_tokens(mask: Tensor, queries: int) -> Tensor | None:
