@@ -46,7 +46,7 @@ def look(entry: Any) -> dict[str, Any]:
         return _look_of_output(entry)
     place = [e.name for e in CATALOGUE].index(entry.entry.name)
     own = colour(entry.entry.name)
-    traits = set(entry.name.split("/")[1:]) & {"bare", "hybrid", "layerscale"}
+    traits = set(entry.traits) & {"bare", "hybrid", "layerscale", "gated", "qk-norm"}
     return {
         "color": own,
         "marker": MARKERS[place % len(MARKERS)],

@@ -7,7 +7,7 @@ last T tokens before it and no more: a system that loses to it does not use its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -125,29 +125,37 @@ def sharpness(
     """
     collected = {"entropy": [], "effective_keys": [], "first_mass": [], "row_mass": []}
     for part in parts:
-        x = model.embed(part)
-        for block in model.blocks:
-            attend = block[0].layer
-            if isinstance(attend, Attention) and isinstance(attend.system, Dense):
-                query, key, _ = attend.project(block[0].before(x), start=0)
-                weights = attention_weights(
-                    query,
-                    key,
-                    weights=attend.system.weights,
-                    rows=rows,
-                    attn_mask=attend.what_is_visible(None),
-                    enable_gqa=True,
-                    **attend.learned,  # type: ignore[arg-type]
-                ).abs()
-                mass = weights.sum(-1, keepdim=True)
-                share = weights / mass.clamp_min(1e-30)
-                entropy = -torch.xlogy(share, share).sum(-1)
-                collected["entropy"].append(entropy.mean((0, 2)))
-                collected["effective_keys"].append(entropy.exp().mean((0, 2)))
-                collected["first_mass"].append(share[..., 0].mean((0, 2)))
-                collected["row_mass"].append(mass[..., 0].mean((0, 2)))
-            x = block(x)
+        for weights in layer_weights(model, part, rows):
+            mass = weights.sum(-1, keepdim=True)
+            share = weights / mass.clamp_min(1e-30)
+            entropy = -torch.xlogy(share, share).sum(-1)
+            collected["entropy"].append(entropy.mean((0, 2)))
+            collected["effective_keys"].append(entropy.exp().mean((0, 2)))
+            collected["first_mass"].append(share[..., 0].mean((0, 2)))
+            collected["row_mass"].append(mass[..., 0].mean((0, 2)))
     return {name: torch.cat(values).mean().item() for name, values in collected.items() if values}
+
+
+@torch.no_grad()
+def layer_weights(
+    model: Any, part: Tensor, rows: tuple[int, int] | None = None
+) -> Iterator[Tensor]:
+    """|weights| (B, H, rows, T) of each layer whose attention has a row map, in order."""
+    x = model.embed(part)
+    for block in model.blocks:
+        attend = block[0].layer
+        if isinstance(attend, Attention) and isinstance(attend.system, Dense):
+            query, key, _ = attend.project(block[0].before(x), start=0)
+            yield attention_weights(
+                query,
+                key,
+                weights=attend.system.weights,
+                rows=rows,
+                attn_mask=attend.what_is_visible(None),
+                enable_gqa=True,
+                **attend.learned,  # type: ignore[arg-type]
+            ).abs()
+        x = block(x)
 
 
 def _at_once(windows: Tensor) -> int:

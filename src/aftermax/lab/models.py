@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aftermax.lab.outliers_work import OutliersWork
 from aftermax.lab.vision_work import VisionWork
 from aftermax.lab.work import Arm, Work
 from aftermax.modules import Attention
@@ -58,7 +59,9 @@ class DecoderLM(nn.Module):
     scores a few positions of a long window pays for those alone.
     """
 
-    def __init__(self, work: Work, arm: Arm, vocabulary: int):
+    causal: ClassVar[bool] = True
+
+    def __init__(self, work: Work | OutliersWork, arm: Arm, vocabulary: int):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, work.width)
         options = {"hybrid_norm": arm.hybrid_norm, "layer_scale": arm.layer_scale}
@@ -70,6 +73,7 @@ class DecoderLM(nn.Module):
                 weights=arm.system_of(layer, work.layers, work.lengths[-1]),
                 kv_heads=work.kv_heads,
                 positions=arm.place,
+                causal=self.causal,
                 qk_norm=arm.qk_norm,
             )
             self.blocks.append(
@@ -115,6 +119,12 @@ class DecoderLM(nn.Module):
             x = feed(attend.add(x, out))
             new.append(held)
         return self.norm(x), new
+
+
+class EncoderLM(DecoderLM):
+    """The same blocks, in which every token sees all: for a masked language model."""
+
+    causal = False
 
 
 class VisionTransformer(nn.Module):

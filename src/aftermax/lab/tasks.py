@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from aftermax.lab import labels, text, vision, words
+from aftermax.lab import labels, outliers, text, vision, words
 from aftermax.lab.labels_work import PRESETS as LABEL_PRESETS
+from aftermax.lab.outliers_work import PRESETS as OUTLIER_PRESETS
 from aftermax.lab.store import Row
 from aftermax.lab.vision_work import PRESETS as VISION_PRESETS
 from aftermax.lab.words_work import PRESETS as WORD_PRESETS
@@ -74,13 +75,20 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {"text": text, "vision": vision, "labels": labels, "words": words}
+TASKS: dict[str, Task] = {
+    "text": text,
+    "vision": vision,
+    "labels": labels,
+    "words": words,
+    "outliers": outliers,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "text": TEXT_PRESETS,
     "vision": VISION_PRESETS,
     "labels": LABEL_PRESETS,
     "words": WORD_PRESETS,
+    "outliers": OUTLIER_PRESETS,
 }
 
 

@@ -235,6 +235,16 @@ class Work(AttentionWork):
         return self.context // 2
 
 
+MARKS = {
+    "p-rope": "p-RoPE",
+    "alibi": "ALiBi",
+    "none": "NoPE",
+    "rope": "RoPE",
+    "qk-norm": "QK-norm",
+}
+"""Traits that are written otherwise in a title."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """A system as it runs in the lab: the catalogue entry, its positions, its norms."""
@@ -249,6 +259,8 @@ class Arm:
     """Training length in tokens."""
     encoded: bool
     """Whether attention knows of positions here."""
+    gated: bool = False
+    """Whether each head's output is scaled by a gate, token by token."""
     optimiser: Literal["adamw", "sgd"] = "adamw"
     rate_scale: float = 1.0
 
@@ -271,11 +283,14 @@ class Arm:
         return system if placed is None else placed(layer, layers, longest)
 
     @property
+    def traits(self) -> tuple[str, ...]:
+        """What the name says after the system."""
+        return tuple(self.name.split("/")[1:])
+
+    @property
     def title(self) -> str:
         """Without what the entry's title already says, with what differs from the usual."""
-        traits = self.name.split("/")[1:]
-        names = {"p-rope": "p-RoPE", "alibi": "ALiBi", "none": "NoPE", "rope": "RoPE"}
-        marks = [names.get(trait, trait) for trait in traits]
+        marks = [MARKS.get(trait, trait) for trait in self.traits]
         return self.entry.title + (f" · {', '.join(marks)}" if marks else "")
 
 
@@ -291,22 +306,27 @@ def arm(name: str, work: AttentionWork) -> Arm:
         raise ValueError(
             f"{entry.name} has no causal form, which text needs; --task vision has a place for it"
         )
-    known = (*work.encodings, "bare", "hybrid", "layerscale")
+    known = (*work.encodings, "bare", "hybrid", "layerscale", "gated", "qk-norm")
     if unknown := [t for t in traits if t not in known]:
         raise ValueError(f"{name}: no trait {', '.join(unknown)}; there are {', '.join(known)}")
     places = [t for t in traits if t in POSITIONS]
     if len(places) > 1:
         raise ValueError(f"{name} names {len(places)} position encodings; give one")
+    if {"bare", "qk-norm"} <= set(traits):
+        raise ValueError(f"{name} asks for QK-norm and for none; give one of bare and qk-norm")
     return Arm(
         name=name,
         entry=entry,
         positions=places[0] if places else entry.positions or work.positions,
         # the cosine systems normalise by themselves
-        qk_norm=work.qk_norm and "bare" not in traits and not entry.laws.scale_free,
+        qk_norm=(work.qk_norm or "qk-norm" in traits)
+        and "bare" not in traits
+        and not entry.laws.scale_free,
         hybrid_norm=work.hybrid_norm or "hybrid" in traits,
         layer_scale=work.layer_scale or "layerscale" in traits,
         context=work.context,
         encoded=bool(work.encodings),
+        gated="gated" in traits,
     )
 
 
