@@ -15,6 +15,8 @@
     aftermax export --out aftermax-tags --to docs/results/labels_tags.parquet
     aftermax compare standard --task words --out aftermax-words
     aftermax export --out aftermax-words --to docs/results/words.parquet
+    aftermax compare standard --task outliers --out aftermax-outliers
+    aftermax export --out aftermax-outliers --to docs/results/outliers.parquet
     make figures
 
 What stands between `<!-- name -->` and `<!-- /name -->` in README.md and docs/*.md is written here;
@@ -48,6 +50,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS / "results" / "standard.parquet"
 IMAGES = DOCS / "results" / "vision.parquet"
 WORDS = DOCS / "results" / "words.parquet"
+OUTLIERS = DOCS / "results" / "outliers.parquet"
 ALIBI = "Flat loss to 16x (3.281 -> 3.270), but the needle is lost (2505.17083)."
 """Published of softmax with ALiBi, which is no entry of its own."""
 PAGES = (
@@ -62,6 +65,7 @@ PAGES = (
     DOCS / "labels.md",
     DOCS / "huggingface.md",
     DOCS / "serving.md",
+    DOCS / "outliers.md",
 )
 
 
@@ -200,6 +204,9 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "word-tables": compared(WORDS, all_tables),
     "word-verdicts": compared(WORDS, verdicts),
     "word-settings": compared(WORDS, settings_list),
+    "outlier-tables": compared(OUTLIERS, all_tables),
+    "outlier-verdicts": compared(OUTLIERS, verdicts),
+    "outlier-settings": compared(OUTLIERS, settings_list),
     "image-tables": compared(IMAGES, all_tables),
     "image-verdicts": compared(IMAGES, verdicts),
     "image-settings": compared(IMAGES, settings_list),
@@ -255,7 +262,13 @@ def main() -> None:
                 ours["output_steps"] = output_results.output_figure()
         plots.save(ours, DOCS / "figures")
         plt.close("all")
-        for kind, path in {"image": IMAGES, "label": label_sets.TAGS, "word": WORDS}.items():
+        others = {
+            "image": IMAGES,
+            "label": label_sets.TAGS,
+            "word": WORDS,
+            "outlier": OUTLIERS,
+        }
+        for kind, path in others.items():
             if path.exists():
                 drawn = plots.draw(Results.of_parquet(path))
                 named = {f"{kind}_{name}": figure for name, figure in drawn.items()}

@@ -65,6 +65,14 @@ def image_comparison(tmp_path_factory):
     return compared_images(tmp_path_factory.mktemp("image_comparison"))
 
 
+@pytest.fixture(scope="session")
+def outlier_comparison(tmp_path_factory):
+    """A finished `aftermax compare --task outliers`: its folder, what it printed."""
+    from .lab_work import compared_outliers
+
+    return compared_outliers(tmp_path_factory.mktemp("outlier_comparison"))
+
+
 @pytest.fixture(scope="session", params=["labels", "words"])
 def output_comparison(request, tmp_path_factory):
     """The same of a task whose systems are output layers."""

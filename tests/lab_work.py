@@ -15,6 +15,7 @@ from aftermax.cli import main, preset_of
 from aftermax.lab.data.corpus import Corpus, prepare
 from aftermax.lab.labels_work import LabelsWork
 from aftermax.lab.models import DecoderLM
+from aftermax.lab.outliers_work import OutliersWork
 from aftermax.lab.store import Store
 from aftermax.lab.vision_work import VisionWork
 from aftermax.lab.words_work import WordsWork
@@ -144,6 +145,19 @@ def compared_words(folder: Path) -> tuple[Path, str]:
         seeds=(0, 1, 2),
         learning_rates=(0.5, 2.0),
         search_steps=10,
+    )
+    return compared_work(work, folder)
+
+
+def compared_outliers(folder: Path) -> tuple[Path, str]:
+    """The same of the task of outliers: both models, and one rate, to save time."""
+    work = OutliersWork(
+        systems=("encoder/softmax", "decoder/softmax", "decoder/linear"),
+        data=write_texts(folder / "texts"),
+        **{"layers": 1, "width": 16, "heads": 2, "context": 16, "multiples": (1, 2)},
+        **{"batch": 8, "steps": 20, "windows": 4, "calibration": 2},
+        seeds=(0, 1, 2),
+        learning_rates=(1e-2,),
     )
     return compared_work(work, folder)
 

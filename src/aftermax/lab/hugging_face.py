@@ -68,6 +68,7 @@ def of_decoder(decoder: DecoderLM, work: Work, arm: Arm, end: int) -> PreTrained
     problems = {
         f"its positions are {arm.positions}, and these models have RoPE": arm.positions != "rope",
         "it has norms after its branches": arm.hybrid_norm,
+        "its heads have a gate": arm.gated,
         "its system is another in each layer": len(systems) > 1 or len(plain) > 1,
     }
     if any(problems.values()):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aftermax.lab.outliers_work import OutliersWork
 from aftermax.lab.vision_work import VisionWork
 from aftermax.lab.work import Arm, Work
-from aftermax.modules import Attention
+from aftermax.modules import Attention, GatedAttention
 
 
 class SwiGLU(nn.Module):
@@ -67,15 +67,7 @@ class DecoderLM(nn.Module):
         options = {"hybrid_norm": arm.hybrid_norm, "layer_scale": arm.layer_scale}
         self.blocks = nn.ModuleList()
         for layer in range(work.layers):
-            attend = Attention(
-                work.width,
-                work.heads,
-                weights=arm.system_of(layer, work.layers, work.lengths[-1]),
-                kv_heads=work.kv_heads,
-                positions=arm.place,
-                causal=self.causal,
-                qk_norm=arm.qk_norm,
-            )
+            attend = self._attention(work, arm, layer)
             self.blocks.append(
                 nn.Sequential(
                     Branch(attend, work.width, **options),
@@ -85,10 +77,25 @@ class DecoderLM(nn.Module):
         self.norm = nn.RMSNorm(work.width)
         self._initialise(work.layers)
 
+    def _attention(self, work: Work | OutliersWork, arm: Arm, layer: int) -> Attention:
+        options = {
+            "weights": arm.system_of(layer, work.layers, work.lengths[-1]),
+            "kv_heads": work.kv_heads,
+            "positions": arm.place,
+            "causal": self.causal,
+            "qk_norm": arm.qk_norm,
+        }
+        plain = Attention(work.width, work.heads, **options)
+        if not arm.gated:
+            return plain
+        with torch.random.fork_rng([]):  # what is drawn after it is the same with a gate
+            return GatedAttention(work.width, work.heads, **options)
+
     def _initialise(self, layers: int) -> None:
-        """Normal(0, 0.02), smaller where a branch ends: GPT-2's initialisation."""
+        """Normal(0, 0.02), smaller where a branch ends: GPT-2's initialisation. What a system
+        learns, and a gate, start as they say themselves."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2 and "learned" not in name:
+            if parameter.ndim == 2 and "learned" not in name and ".gate." not in name:
                 std = 0.02 / (2 * layers) ** 0.5 if "to_out" in name else 0.02
                 nn.init.normal_(parameter, std=std)
 
@@ -180,7 +187,8 @@ def image_attention(work: VisionWork, arm: Arm, layer: int) -> nn.Module:
     """(B, T, width) -> the same, every patch of the grid in sight."""
     if arm.entry.image_module is not None:
         return arm.entry.image_module(work.width, heads=work.heads, grid=work.grid)
-    return Attention(
+    attend = GatedAttention if arm.gated else Attention
+    return attend(
         work.width,
         work.heads,
         weights=arm.system_of(layer, work.layers, work.context),

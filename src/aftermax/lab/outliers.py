@@ -14,7 +14,6 @@ counts; of the kurtosis the mean over tensors, and the largest.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -313,7 +312,7 @@ def attention_mass(
         for weights in layer_weights(model, part, rows):
             mass = weights.sum(-1)
             share = weights / mass[..., None].clamp_min(1e-30)
-            # a row that looks at nothing rests nowhere, and is left out of no mean
+            # a row of zeros, which rests nowhere, counts in the means as 0
             found["first_mass"].append(share[..., 0].mean((0, 2)))
             found["separator_mass"].append((share @ at[:, None, :, None])[..., 0].mean((0, 2)))
             found["separator_share"].append(uniform.mean().expand(share.shape[1]))

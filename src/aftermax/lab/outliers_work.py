@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from aftermax.lab.work import Arm, AttentionWork, arm
 from aftermax.positions import POSITIONS
@@ -17,6 +17,9 @@ COMPARED = (
     "softmax",
     "log-n/qk-norm",
     "softmax-one",
+    "clipped",
+    "clipped-normalised",
+    "softmax/gated",
     "sigmoid",
     "lssar",
 )
@@ -110,9 +113,11 @@ class OutliersWork(AttentionWork):
             )
         plain = arm(system, self)
         if model == "decoder" and not plain.entry.causal:
-            raise ValueError(f"{name}: {plain.entry.name} has no causal form, which a decoder needs")
-        fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
-        return OutlierArm(**fields | {"name": name}, model=model)
+            raise ValueError(
+                f"{name}: {plain.entry.name} has no causal form, which a decoder needs"
+            )
+        fields: dict[str, Any] = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
+        return OutlierArm(**fields | {"name": name, "model": model})
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from matplotlib.ticker import FormatStrFormatter
 
 from aftermax.attention import attention_weights
 from aftermax.catalogue import CATALOGUE
-from aftermax.lab import output_plots
+from aftermax.lab import outliers_plots, output_plots
 from aftermax.lab.data.recall import PAIRS
 from aftermax.lab.draw import (
     COLOURS,
@@ -181,6 +181,7 @@ FIGURES: dict[str, dict[str, Callable[[Results], Figure]]] = {
     },
     "labels": output_plots.LABELS,
     "words": output_plots.WORDS,
+    "outliers": outliers_plots.OUTLIERS,
 }
 """By task."""
 

@@ -5,17 +5,19 @@ The recipe of Bondarenko et al. (arXiv 2306.12929), after training and without a
     weights      q = clamp(round(w / s), -127, 127),      s = max|w| / 127           int8
     activations  q = clamp(round(x / s) + z, 0, 255),     s = (max x - min x) / 255  uint8
 
-and with b bits up to 2^(b-1) - 1 and 2^b - 1; one s (and z) for each tensor. The ranges of the activations are the least and the greatest value
-that calibration saw, 0 among them, and stay as they are at every length. In integers are: the
-embedding (which is the head, too), the inputs and the outputs of every linear layer, the stream
-after each branch, and what the head reads. Attention weights, norms and logits stay in float, since
-no row of weights is ever written down. Theirs has them in integers too, takes a running mean of the
-ranges (we: the outermost), and leaves the head of OPT in float.
+and with b bits up to 2^(b-1) - 1 and 2^b - 1; one s (and z) for each tensor. The ranges of the
+activations are the least and the greatest value that calibration saw, 0 among them, and stay as
+they are at every length. In integers are: the embedding (which is the head, too), the inputs and
+the outputs of every linear layer, the stream after each branch, and what the head reads. Attention
+weights, norms and logits stay in float, since no row of weights is ever written down. Theirs has
+them in integers too, takes a running mean of the ranges (we: the outermost), and leaves the head of
+OPT in float.
 
-Scales, zero points and rounding are torchao's, with an observer of its own: torch says itself that
-`torch.ao.quantization` is deprecated and that torchao is where it goes on. Its ready-made
-`Int8StaticActivationInt8WeightConfig` swaps linear layers alone and wants the ranges given, and its
-export path (PT2E) does not see through our attention's kernels, so that only the arithmetic is used.
+Scales, zero points and rounding are torchao's, with its observer: torch says itself that
+`torch.ao.quantization` is deprecated and that torchao is where it goes on. Of torchao only the
+arithmetic is used: its `Int8StaticActivationInt8WeightConfig` swaps linear layers alone and leaves
+the stream, where the outliers are, in float; its export path (PT2E) takes a graph and the rules of
+a backend, where a few modules with hooks say as much.
 The product of integers is taken in floats that hold it exactly: 2^24 is more than 255 * 127 * 518.
 """
 
@@ -126,13 +128,12 @@ class IntegerLinear(nn.Module):
         self.reads, self.gives = (Grid(bits), Grid(bits)) if activations else (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, scale = self.weight.float(), self.scale
-        if self.reads is not None and self.reads.scale is not None:
-            x = self.reads.integers(x).float() - self.reads.zero
-            scale = scale * self.reads.scale
-        elif self.reads is not None:
-            x = self.reads(x)
-        out = scale * F.linear(x, weight)
+        scale, reads = self.scale, self.reads
+        if reads is not None and reads.scale is not None and reads.zero is not None:
+            x, scale = reads.integers(x).float() - reads.zero, scale * reads.scale
+        elif reads is not None:
+            x = reads(x)
+        out = scale * F.linear(x, self.weight.float())
         out = out if self.bias is None else out + self.bias
         return out if self.gives is None else self.gives(out)
 
@@ -161,8 +162,8 @@ def quantised(
         return copied
     for module in list(copied.modules()):
         if isinstance(module, Branch) or module in (copied.embed, copied.norm):
-            module.grid = Grid(bits)
-            module.register_forward_hook(lambda of, _, out: of.grid(out))
+            module.add_module("grid", Grid(bits))
+            module.register_forward_hook(lambda of, _, out: of.get_submodule("grid")(out))
     with torch.no_grad():
         for inputs in calibration:
             copied(inputs)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib import pyplot as plt
 from rich.console import RenderableType
 
-from aftermax.lab import labels_page, plots, text_page, vision_page, words_page
+from aftermax.lab import labels_page, outliers_page, plots, text_page, vision_page, words_page
 from aftermax.lab.page import Page, Tables
 from aftermax.lab.results import Results
 
@@ -19,6 +19,7 @@ PAGES: dict[str, Page] = {
     "vision": vision_page.PAGE,
     "labels": labels_page.PAGE,
     "words": words_page.PAGE,
+    "outliers": outliers_page.PAGE,
 }
 """By task."""
 

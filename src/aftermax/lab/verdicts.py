@@ -142,4 +142,62 @@ def _points(mean: float, half: float, more: str, less: str) -> str:
     return f"{more if mean > 0 else less} {numbers}"
 
 
-VERDICTS = {"text": of_text, "vision": of_vision, "labels": of_labels, "words": of_words}
+def of_outliers(results: Results) -> list[str]:
+    """Each system against softmax in the same model: outliers as ratios, losses as differences.
+
+    Nothing is said where zero outliers or one seed leave no ratio.
+    """
+    sentences = []
+    for entry in results.arms:
+        base = f"{entry.model}/softmax"
+        first = next((arm for arm in results.arms if arm.name == base), None)
+        if first is None or entry.name == base:
+            continue
+        parts = []
+        for measure, called in (("inf_norm", "inf norm"), ("kurtosis", "kurtosis")):
+            told = _ratio(results, measure, entry.name, base)
+            if told is not None:
+                parts.append(f"{called} {told}")
+        for measure, called in (
+            ("loss", "loss"),
+            ("w8a8_damage", "what W8A8 adds"),
+            ("w4a4_damage", "what W4A4 adds"),
+        ):
+            told = results.difference(measure, entry.name, base, 1)
+            if told is not None:
+                parts.append(f"{called} {_nats(*told)}")
+        if parts:
+            sentences.append(f"{entry.title}, against {first.title}: {'; '.join(parts)}.")
+    return sentences
+
+
+def _ratio(results: Results, measure: str, a: str, b: str) -> str | None:
+    """Geometric mean of a / b over the seeds that both have, with its 95% interval."""
+    logs = [
+        {seed: math.log(value) for seed, value in by.items() if value > 0}
+        for by in (results.seeds_of(s, measure, results.work.context) for s in (a, b))
+    ]
+    told = paired(*logs)
+    if told is None:
+        return None
+    mean, half = told
+    numbers = f"x{math.exp(mean):.2f} ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})"
+    if abs(mean) <= half:
+        return f"not told apart {numbers}"
+    return f"{'higher' if mean > 0 else 'lower'} {numbers}"
+
+
+def _nats(mean: float, half: float) -> str:
+    numbers = f"({mean:+.4f} ± {half:.4f} nats)"
+    if abs(mean) <= half:
+        return f"not told apart {numbers}"
+    return f"{'higher' if mean > 0 else 'lower'} {numbers}"
+
+
+VERDICTS = {
+    "text": of_text,
+    "vision": of_vision,
+    "labels": of_labels,
+    "words": of_words,
+    "outliers": of_outliers,
+}

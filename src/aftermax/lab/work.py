@@ -15,6 +15,7 @@ from aftermax.catalogue import find
 from aftermax.entry import Entry
 from aftermax.positions import POSITIONS, NoPositions, RoPE
 from aftermax.version import __version__
+from aftermax.weights.clipped import ClippedSoftmax
 
 SEARCH_SEED = 1000
 """Of the runs that choose the learning rate; no reported run has it."""
@@ -235,6 +236,13 @@ class Work(AttentionWork):
         return self.context // 2
 
 
+CLIPPED_ALPHA = 0.9
+"""gamma = -alpha / T of clipped softmax at the training length T.
+
+The authors have 3.2 in effect for BERT and 12 for OPT. Then flat rows are all 0 and learn nothing,
+and rows of models as narrow as the lab's are flat before training; below 1 flat rows live.
+"""
+
 MARKS = {
     "p-rope": "p-RoPE",
     "alibi": "ALiBi",
@@ -273,12 +281,19 @@ class Arm:
     @property
     def identity(self) -> dict[str, str]:
         places = {"places": repr(self.place)} if self.encoded else {}
-        return {"arm": repr(self.entry.system)} | places
+        return {"arm": repr(self.system)} | places
+
+    @property
+    def system(self) -> Any:
+        """The entry's; of clipped softmax the one for the training length."""
+        system = self.entry.system
+        clipped = isinstance(system, ClippedSoftmax)
+        return ClippedSoftmax.for_length(self.context, CLIPPED_ALPHA) if clipped else system
 
     def system_of(self, layer: int, layers: int, longest: int) -> Any:
         """The system as it stands in a layer, counted from 0, of a model that never reads more than
         `longest` tokens: some formulas ask."""
-        system = self.entry.system
+        system = self.system
         placed = getattr(system, "placed", None)
         return system if placed is None else placed(layer, layers, longest)
 
