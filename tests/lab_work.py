@@ -152,7 +152,7 @@ def compared_words(folder: Path) -> tuple[Path, str]:
 def compared_outliers(folder: Path) -> tuple[Path, str]:
     """The same of the task of outliers: both models, and one rate, to save time."""
     work = OutliersWork(
-        systems=("encoder/softmax", "decoder/softmax", "decoder/linear"),
+        systems=("encoder/softmax", "decoder/softmax"),
         data=write_texts(folder / "texts"),
         **{"layers": 1, "width": 16, "heads": 2, "context": 16, "multiples": (1, 2)},
         **{"batch": 8, "steps": 20, "windows": 4, "calibration": 2},

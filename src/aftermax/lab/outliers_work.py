@@ -117,7 +117,8 @@ class OutliersWork(AttentionWork):
                 f"{name}: {plain.entry.name} has no causal form, which a decoder needs"
             )
         fields: dict[str, Any] = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
-        return OutlierArm(**fields | {"name": name, "model": model})
+        fields["name"] = name
+        return OutlierArm(**fields, model=model)
 
 
 @dataclass(frozen=True)
