@@ -17,6 +17,8 @@
     aftermax export --out aftermax-words --to docs/results/words.parquet
     aftermax compare standard --task outliers --out aftermax-outliers
     aftermax export --out aftermax-outliers --to docs/results/outliers.parquet
+    aftermax compare standard --task outliers --learning-rates 0.002 --out aftermax-outliers
+    aftermax export --out aftermax-outliers --to docs/results/outliers_one_rate.parquet
     make figures
 
 What stands between `<!-- name -->` and `<!-- /name -->` in README.md and docs/*.md is written here;
@@ -37,6 +39,7 @@ import label_sets
 import labels_results
 import linear_results
 import matplotlib
+import outlier_results
 import output_results
 import studies
 from matplotlib import pyplot as plt
@@ -51,6 +54,7 @@ RESULTS = DOCS / "results" / "standard.parquet"
 IMAGES = DOCS / "results" / "vision.parquet"
 WORDS = DOCS / "results" / "words.parquet"
 OUTLIERS = DOCS / "results" / "outliers.parquet"
+OUTLIERS_ONE_RATE = DOCS / "results" / "outliers_one_rate.parquet"
 ALIBI = "Flat loss to 16x (3.281 -> 3.270), but the needle is lost (2505.17083)."
 """Published of softmax with ALiBi, which is no entry of its own."""
 PAGES = (
@@ -207,6 +211,8 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "outlier-tables": compared(OUTLIERS, all_tables),
     "outlier-verdicts": compared(OUTLIERS, verdicts),
     "outlier-settings": compared(OUTLIERS, settings_list),
+    "outlier-one-rate": compared(OUTLIERS_ONE_RATE, outlier_results.one_rate),
+    "outlier-one-rate-verdicts": compared(OUTLIERS_ONE_RATE, verdicts),
     "image-tables": compared(IMAGES, all_tables),
     "image-verdicts": compared(IMAGES, verdicts),
     "image-settings": compared(IMAGES, settings_list),

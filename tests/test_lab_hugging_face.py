@@ -49,6 +49,7 @@ def test_the_same_logits(name, tmp_path):
     [
         ("softmax/alibi", "positions"),
         ("softmax/hybrid", "norms after"),
+        ("softmax/gated", "a gate"),
         ("cosformer", "each layer"),
     ],
 )

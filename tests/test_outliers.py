@@ -179,6 +179,25 @@ def test_both_models_read_the_same_windows_and_start_from_the_same_weights(corpu
         assert torch.equal(p, q), name
 
 
+def test_a_gate_moves_no_other_weight_at_the_start(corpus):
+    gated = dict(model_of(corpus, "decoder/softmax/gated").named_parameters())
+    plain = dict(model_of(corpus, "decoder/softmax").named_parameters())
+    own = {name for name in gated if name not in plain}
+    assert own == {f"blocks.{i}.0.layer.gate.{x}" for i in (0, 1) for x in ("weight", "bias")}
+    for name, parameter in plain.items():
+        assert torch.equal(gated[name], parameter), name
+    width = TINY.width // TINY.heads
+    assert gated["blocks.0.0.layer.gate.weight"].std() > 0.2 * width**-0.5
+
+
+def test_clipped_softmax_takes_the_training_length_and_flat_rows_live(corpus):
+    """A row that is all 0 has no gradient, and rows are flat at the start."""
+    model = model_of(corpus, "encoder/clipped")
+    assert model.attentions[0].system.weights.gamma == pytest.approx(-0.9 / TINY.context)
+    task.loss(model, loop.batch(run_of(corpus, "encoder/clipped"), corpus, 0), None)[0].backward()
+    assert model.attentions[0].to_query.weight.grad.abs().max() > 0
+
+
 # the measures
 
 

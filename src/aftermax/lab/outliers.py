@@ -37,7 +37,7 @@ SEPARATORS = "\n.,;:"
 is the end of a document."""
 WATCHED = 16
 """Windows whose attention weights are looked at."""
-MEMORY_BATCH = 4
+MEMORY_BATCH = 64
 """Windows of the step whose memory is measured."""
 
 

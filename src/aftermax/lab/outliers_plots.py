@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from aftermax.lab.draw import against_length, costs, dots, legend_below, look
 from aftermax.lab.outliers_page import models
@@ -26,9 +27,7 @@ def outliers(results: Results) -> Figure:
     figure.set_figwidth(15)
     for axis in figure.axes[:2]:
         axis.set_xscale("log")
-        for which in ("major", "minor"):
-            getattr(axis.xaxis, f"set_{which}_formatter")(StrMethodFormatter("{x:g}"))
-        axis.tick_params(axis="x", which="both", labelsize=7)
+        _plain_ticks(axis.xaxis)
     figure.axes[0].set_title("Less is to the left")
     figure.tight_layout()
     return figure
@@ -37,9 +36,7 @@ def outliers(results: Results) -> Figure:
 def lengths(results: Results) -> Figure:
     """Loss, damage and inf norm against the length, a row for each model."""
     found = models(results)
-    figure, axes = plt.subplots(
-        len(found), 3, figsize=(13, 3.9 * len(found)), squeeze=False, layout=None
-    )
+    figure, axes = plt.subplots(len(found), 3, figsize=(13, 3.9 * len(found)), squeeze=False)
     names = {
         "loss": "loss in float (nats)",
         "w8a8_damage": "W8A8 adds (nats)",
@@ -50,8 +47,7 @@ def lengths(results: Results) -> Figure:
             against_length(axis, own, measure, label)
         row[0].set_title(model.capitalize())
         row[2].set_yscale("log")
-        for which in ("major", "minor"):
-            getattr(row[2].yaxis, f"set_{which}_formatter")(StrMethodFormatter("{x:g}"))
+        _plain_ticks(row[2].yaxis)
     _legend_of_systems(figure, results)
     return figure
 
@@ -89,6 +85,13 @@ def learning_curves(results: Results) -> Figure:
         axis.set_title(model.capitalize())
     _legend_of_systems(figure, results)
     return figure
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10 ... on a logarithmic axis, in plain digits."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend_of_systems(figure: Figure, results: Results) -> None:
