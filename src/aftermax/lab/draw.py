@@ -27,6 +27,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """Also by place, so that no two neighbours are told apart by colour alone."""
 LINES = {"rope": "-", "p-rope": (0, (5, 1.5)), "alibi": (0, (1, 1.2)), "none": "-.", "learned": "-"}
 
+GATED = (0, (6, 1, 1, 1))
+"""Of a system behind a gate."""
+
 
 def colour(name: str) -> str:
     """Of a system: by place among those that keep all keys, or among the others.
@@ -50,7 +53,7 @@ def look(entry: Any) -> dict[str, Any]:
     return {
         "color": own,
         "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": LINES[entry.positions],
+        "linestyle": GATED if "gated" in traits else LINES[entry.positions],
         "markerfacecolor": "white" if traits else own,
     }
 

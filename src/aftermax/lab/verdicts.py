@@ -158,12 +158,14 @@ def of_outliers(results: Results) -> list[str]:
             told = _ratio(results, measure, entry.name, base)
             if told is not None:
                 parts.append(f"{called} {told}")
-        for measure, called in (
-            ("loss", "loss"),
-            ("w8a8_damage", "what W8A8 adds"),
-            ("w4a4_damage", "what W4A4 adds"),
+        longest = results.work.multiples[-1]
+        for measure, multiple, called in (
+            ("loss", 1, "loss"),
+            ("loss", longest, f"loss at {longest}x"),
+            ("w8a8_damage", 1, "what W8A8 adds"),
+            ("w4a4_damage", 1, "what W4A4 adds"),
         ):
-            told = results.difference(measure, entry.name, base, 1)
+            told = results.difference(measure, entry.name, base, multiple)
             if told is not None:
                 parts.append(f"{called} {_nats(*told)}")
         if parts:
