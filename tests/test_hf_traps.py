@@ -5,9 +5,11 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from transformers import AttentionInterface  # noqa: E402
+
 from aftermax import CATALOGUE, hf  # noqa: E402
 
-from .hf_models import IDS, tiny, tokens  # noqa: E402
+from .hf_models import IDS, MODELS, NEWEST, SIZES, tiny, tokens  # noqa: E402
 
 CAUSAL = [entry.name for entry in CATALOGUE if entry.causal]
 
@@ -107,4 +109,57 @@ def test_decoders_whose_modules_say_that_they_are_not_causal(made):
     if config.is_encoder_decoder and made is nllb_moe:
         inputs["decoder_input_ids"] = tokens()
     expected, found = (logits_of(model, **inputs) for model in (eager, ours))
+    assert (found - expected).abs().max() < 1e-6
+
+
+# ---- check ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [k for k in ("llama", "gpt2", "whisper", "t5") if k in MODELS])
+def test_check_finds_a_lost_mask_in_every_model_that_writes(kind, dtype):
+    attend = AttentionInterface()["aftermax-softmax"]
+    AttentionInterface.register(
+        "aftermax-maskless",
+        lambda module, q, k, v, mask, **options: attend(
+            module, q, k, v, None, **(options | {"is_causal": False})
+        ),
+    )
+    kind = MODELS[kind]
+    model = kind.auto.from_config(kind.config(), attn_implementation="aftermax-maskless").to(dtype)
+    assert any("mask is lost" in problem for problem in hf.check(model).problems)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", MODELS)
+def test_check_finds_nothing_where_there_is_nothing(kind, dtype):
+    model = tiny(kind, MODELS[kind].softmax).to(dtype)
+    assert hf.check(model).ok, str(hf.check(model))
+
+
+@pytest.mark.skipif(not NEWEST, reason="not on the interface in transformers 4")
+def test_check_of_an_encoder_with_a_head_for_next_tokens():
+    """BERT's class for it without `is_decoder` sees all, with its own attention too."""
+    config = transformers.BertConfig(**SIZES)
+    model = transformers.BertLMHeadModel._from_config(config, attn_implementation="aftermax-lssar")
+    assert hf.check(model).ok
+
+
+def test_check_leaves_what_was_frozen():
+    model = tiny("llama", "aftermax-softmax").train()
+    model.model.layers[0].eval()
+    hf.check(model)
+    assert model.training
+    assert not any(module.training for module in model.model.layers[0].modules())
+    assert all(module.training for module in model.model.layers[1].modules())
+
+
+def test_check_and_convert_of_a_compiled_model():
+    compiled, model = tiny("llama", "aftermax-lssar"), hf.convert(tiny("llama", "eager"), "sigmoid")
+    compiled.compile(backend="aot_eager")
+    logits_of(compiled, input_ids=tokens())
+    assert hf.check(compiled).ok
+    assert hf.check(torch.compile(compiled, backend="aot_eager")).ok
+    hf.convert(compiled, "sigmoid")
+    found, expected = (logits_of(m, input_ids=tokens()) for m in (compiled, model))
     assert (found - expected).abs().max() < 1e-6

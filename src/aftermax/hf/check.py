@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,9 +17,6 @@ from aftermax.linear.separable import Separable
 
 TOKENS = 8
 """Of the small batch."""
-
-CACHE = "cache" if int(transformers.__version__.split(".")[0]) >= 5 else "past_key_values"
-"""The argument of forward that takes what the last call returned."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def check(model: PreTrainedModel, inputs: dict[str, Any] | None = None) -> Repor
     states = state_bytes(model, inputs) if some else {}
     layers = tuple(_layer(model, name, module, seen, states) for name, module in ran.items())
     return Report(
-        type(model).__name__, implementation, layers, tuple(_problems(model, inputs, layers))
+        type(model).__name__, implementation, layers, tuple(_problems(model, inputs, layers, seen))
     )
 
 
@@ -177,13 +174,15 @@ def small_batch(model: PreTrainedModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-    training = model.training
+def _run(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return model(**inputs)
+        with torch.compiler.set_stance("force_eager"):  # a compiled graph cannot be watched
+            return model(**inputs)
     finally:
-        model.train(training)
+        for module in training:  # and no other: some may have been frozen
+            module.training = True
 
 
 def _layer(
@@ -222,7 +221,9 @@ def _told(system) -> str:
     return str(system.weights if isinstance(system, Dense) else system)
 
 
-def _problems(model: PreTrainedModel, inputs: dict | None, layers: tuple[Layer, ...]) -> list[str]:
+def _problems(
+    model: PreTrainedModel, inputs: dict | None, layers: tuple[Layer, ...], seen: dict[str, Seen]
+) -> list[str]:
     problems = []
     foreign = [layer for layer in layers if layer.system is None]
     if foreign:
@@ -236,38 +237,60 @@ def _problems(model: PreTrainedModel, inputs: dict | None, layers: tuple[Layer, 
     implementation = str(getattr(model.config, "_attn_implementation", None))
     if not implementation.startswith(PREFIX) and any(layer.system for layer in layers):
         problems.append(f"the model's own implementation is {implementation!r}")
-    if inputs is None and not foreign and _is_causal(model):
-        problems += _looks_ahead(model) + _forgets(model)
+    causal = all(getattr(found.module, "is_causal", True) for found in seen.values())
+    if inputs is None and not foreign and _writes(model, causal):
+        batch, name = _to_be_continued(model)
+        problems += _looks_ahead(model, batch, name) + _forgets(model, batch, name)
     return problems
 
 
-def _is_causal(model: PreTrainedModel) -> bool:
-    return "CausalLM" in type(model).__name__ and getattr(model.config, "is_causal", True)
+def _writes(model: PreTrainedModel, causal: bool) -> bool:
+    """Whether it gives logits of next tokens. An encoder's class may have a head for it too."""
+    if not getattr(model, "can_generate", lambda: False)():
+        return False
+    return getattr(model.config, "is_encoder_decoder", False) or (
+        causal and model.main_input_name == "input_ids"
+    )
 
 
-def _looks_ahead(model: PreTrainedModel) -> list[str]:
+def _to_be_continued(model: PreTrainedModel) -> tuple[dict[str, Any], str]:
+    """The small batch, and the argument in it that holds the tokens so far."""
+    batch = small_batch(model)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return batch, "input_ids"
+    name, given = "decoder_input_ids", model.main_input_name
+    encoded = _run(model.get_encoder(), {given: batch[given]})  # once, it may be long
+    return {"encoder_outputs": encoded, name: batch[name]}, name
+
+
+def _looks_ahead(model: PreTrainedModel, batch: dict[str, Any], name: str) -> list[str]:
     """Whether the first logits of a causal model change with what comes after."""
-    tokens = small_batch(model)["input_ids"]
-    whole = _run(model, {"input_ids": tokens}).logits[:, : TOKENS // 2]
-    part = _run(model, {"input_ids": tokens[:, : TOKENS // 2]}).logits
-    if _same(whole, part):
+    half, tokens = TOKENS // 2, batch[name]
+    changed = torch.cat([tokens[:, :half], tokens[:, :half].flip(-1)], -1)
+    one, other = (_run(model, batch | {name: x}).logits[:, :half] for x in (tokens, changed))
+    # of one shape, they are rounded alike
+    if _same(one, other, 1e-3 if one.dtype == torch.float32 else 1e-2):
         return []
     return ["a later token changes earlier outputs: the causal mask is lost"]
 
 
-def _forgets(model: PreTrainedModel) -> list[str]:
+def _forgets(model: PreTrainedModel, batch: dict[str, Any], name: str) -> list[str]:
     """Whether the next token, after a cache, is another than in a full pass."""
-    tokens = small_batch(model)["input_ids"]
-    whole = _run(model, {"input_ids": tokens}).logits[:, -1:]
-    before = _run(model, {"input_ids": tokens[:, :-1], "use_cache": True}).past_key_values
+    tokens = batch[name]
+    whole = _run(model, batch).logits[:, -1:]
+    before = _run(model, batch | {name: tokens[:, :-1], "use_cache": True}).past_key_values
+    inner = next(x for x in model.modules() if isinstance(x, PreTrainedModel))  # of what wraps it
+    takes = inspect.signature(inner.forward).parameters
+    cache = "cache" if "cache" in takes else "past_key_values"  # before transformers 5.24
     try:
-        last = _run(model, {"input_ids": tokens[:, -1:], CACHE: before}).logits
+        last = _run(model, batch | {name: tokens[:, -1:], cache: before}).logits
     except ValueError as error:
         return [f"it does not decode from a cache: {error}"]
-    return [] if _same(whole, last) else ["decoding from a cache differs from the full pass"]
+    if _same(whole, last, 1e-3 if whole.dtype == torch.float32 else 0.1):
+        return []
+    return ["decoding from a cache differs from the full pass"]
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    bound = 1e-3 if one.dtype == torch.float32 else 0.1
+def _same(one: Tensor, other: Tensor, bound: float) -> bool:
     difference = (one.float() - other.float()).abs().max()
     return bool(difference <= bound * one.float().abs().max())
