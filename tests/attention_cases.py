@@ -333,7 +333,8 @@ def assert_right(
     names: Iterable[str],
     scale: float | None = None,
 ) -> None:
-    """The kernels' result and gradients for the case, float32, on the bodies of these names."""
+    """The kernels' result and gradients for the case, float32, on the bodies of these names; and
+    the result where no gradient is asked for, which few rows of queries come to by another way."""
     shape = (*case.query.shape[:3], case.value.shape[-1])
     upstream = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     right = truth(entry, in_float64(case), seen_in_float64(visible), upstream.to(F64), scale)
@@ -342,8 +343,10 @@ def assert_right(
             leaves = case.map(lambda x: x.detach().requires_grad_())
             out = leaves.attend(entry, visible, enable_gqa=True, impl="cpu", scale=scale)
             got = torch.autograd.grad(out, leaves.leaves, upstream, materialize_grads=True)
-        assert out.dtype == F32
+            alone = attend(entry, case.map(torch.Tensor.detach), visible, scale=scale)
+        assert out.dtype == alone.dtype == F32
         assert_within(out, right.out, right.of_out, f"out on {name}")
+        assert_within(alone, right.out, right.of_out, f"out without gradients on {name}")
         of = ("query", "key", "value", *case.learned)
         for which, *each in zip(of, got, right.gradients, right.of_gradients, strict=True):
             assert_within(*each, f"gradient of {which} on {name}")

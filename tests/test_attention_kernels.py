@@ -422,6 +422,65 @@ def test_few_queries_meet_long_caches(entry, queries, keys, body):
     assert_right(entry, case, Visible(causal=True, offset=keys - queries), [body])
 
 
+FAR = {
+    "rising": (-40.0, -3.0, 20.0, 60.0),
+    "falling": (60.0, 20.0, -3.0, -40.0),
+    "one above": (0.0, 1.0, 300.0, -2.0),
+    "hidden": (-torch.inf, 0.0, -torch.inf, 1.0),
+    "beyond a pair": (0.0, 3e5, -3e5, 3e5),
+    "beyond a pair, falling": (3e5, -3e5, 0.0, 2.0),
+    "below a pair": (-3e5, -3e5, -4e5, -3e5),
+    "far and hidden": (-torch.inf, -3e5, -torch.inf, 1e30),
+}
+"""What the keys of four parts of a long row have added to their scores."""
+
+
+@pytest.mark.parametrize("added", FAR)
+@pytest.mark.parametrize(
+    "weights",
+    [
+        Softmax(),
+        ClippedSoftmax(-1e-4, 1.1),
+        ClippedSoftmax(-0.01),
+        NormalisedClippedSoftmax(),
+        NormalisedClippedSoftmax(1.2, 0.4),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("group", [1, 3])
+def test_parts_of_a_long_row_meet_at_one_exponent(weights, added, group, body):
+    """Decoding sums the parts of a row by themselves: what one of them has left in its strip must
+    be brought to what the whole row is, be it far above or below."""
+    keys, random = 4 * 4 * 128, torch.Generator().manual_seed(0)  # as few_queries.h parts them
+    query, key = torch.zeros(2, group, 1, 8), torch.zeros(2, 1, keys, 8)
+    query[..., 0] = 1
+    key[..., 0] = torch.randint(-3, 4, (keys,), generator=random)  # scores that float32 holds
+    value = normal(2, 1, keys, 6, seed=1)
+    mask = torch.tensor(FAR[added]).repeat_interleave(keys // 4)
+    options = {"weights": weights, "scale": 1.0, "enable_gqa": True}
+    out = attention(query, key, value, attn_mask=mask, impl="cpu", **options)
+    exact = [x.double() for x in (query, key, value)]
+    options["impl"] = "reference"
+    right = attention(*exact, attn_mask=mask.double(), **options)
+    # a weight is off by an eps of the softmax that it was made of
+    stretch = attention(
+        *exact[:2], exact[2].abs(), attn_mask=mask.double(), **options | {"weights": Softmax()}
+    )
+    assert_within(out, right, 32 * EPS * stretch, body)
+
+
+@pytest.mark.parametrize("weights", [Softmax(), ClippedSoftmax(-1e-4), LSSAR()], ids=repr)
+def test_a_flaw_in_one_part_of_a_long_row_spoils_what_sees_it(weights, body):
+    query, key, value = normal(1, 2, 3, 8), normal(1, 2, 2048, 8), normal(1, 2, 2048, 6, seed=2)
+    key[0, 0, 700], value[0, 1, 1300, 2] = torch.nan, torch.inf
+    sees = torch.ones(2, 3, 2048, dtype=torch.bool)
+    sees[0, 1, 700] = sees[1, 2, 1300] = False
+    out = attention(query, key, value, attn_mask=sees, weights=weights, impl="cpu")
+    flawed = torch.tensor([[True, False, True], [True, True, False]])
+    assert torch.equal(out.isnan().all(-1)[0], flawed)
+    assert out[0][~flawed].isfinite().all()
+
+
 @every_entry
 def test_cached_decoding_equals_the_whole_sequence(entry):
     tokens, system = 140, as_system(entry.system)

@@ -275,7 +275,7 @@ static void attend_by_strip(const Packed<Words, T>& p, int64_t batch, int64_t he
   };
   float factors[QUERY_ROWS], extra_factors[QUERY_ROWS];
   for (int64_t r = 0; r < count; ++r) {
-    typename Map::Row row = Map::settle(state[r], q.row(r));
+    typename Map::Row row = Map::settle(state[r], state[r], q.row(r));
     D total = zero(), second = zero();
     const float* f = strip + r * strip_step;
     for (int64_t j = 0; j < reach[r / TILE_ROWS]; j += W) {
@@ -292,7 +292,7 @@ static void attend_by_strip(const Packed<Words, T>& p, int64_t batch, int64_t he
   store_out(q, out, wide, factors);
   if (!a.extra) return;
   for (int64_t r = 0; r < count; ++r) {
-    typename Map::Row row = Map::settle(state[r], q.row(r));
+    typename Map::Row row = Map::settle(state[r], state[r], q.row(r));
     for (int64_t j = 0; j < reach[r / TILE_ROWS]; j += W)
       put_weights<Words>(weights + r * step, j, row.second_of(load(strip + r * strip_step + j)));
   }

@@ -22,7 +22,7 @@ constexpr int64_t ROWS_AHEAD = 32;
 
 // Not where a backward pass follows: it makes the scores again as attention.h makes them, to the last digit.
 static inline bool are_few(const am_attention* a) {
-  return a->heads / a->kv_heads * a->queries <= FEW_ROWS && a->map != AM_MAP_CLIPPED && !a->stats;
+  return a->heads / a->kv_heads * a->queries <= FEW_ROWS && !a->stats;
 }
 
 template <class T>
@@ -276,14 +276,14 @@ struct FewQueries {
     bool poisoned;
   };
   int64_t heads() const { return a.batch * a.kv_heads; }
-  template <class Map>
-  static int64_t floats_for(int64_t parts) {
-    return parts * (int64_t)sizeof(Part<Map>) / 4;
+  template <class X>
+  static int64_t floats_for(int64_t many) {
+    return many * (int64_t)sizeof(X) / 4;
   }
 
   template <class Map>
   int stream(am_parallel with) {
-    Scratch sums(heads() * splits * rows * wide), memory(floats_for<Map>(heads() * splits * rows));
+    Scratch sums(heads() * splits * rows * wide), memory(floats_for<Part<Map>>(heads() * splits * rows));
     if (!sums.data || !memory.data) return 1;
     Part<Map>* parts = (Part<Map>*)memory.data;
     int failed = share(with, heads() * splits, Split::room(*this), [&](int64_t i, float* room) {
@@ -331,10 +331,11 @@ struct FewQueries {
   template <class Map>
   int by_strip(am_parallel with) {
     int64_t length = splits * split_keys;
-    Scratch sums(heads() * splits * rows * wide), memory(floats_for<Map>(heads() * splits * rows));
-    Scratch strips(heads() * rows * length);
-    if (!sums.data || !memory.data || !strips.data) return 1;
+    Scratch sums(heads() * splits * rows * wide), memory(floats_for<Part<Map>>(heads() * splits * rows));
+    Scratch strips(heads() * rows * length), states(floats_for<typename Map::State>(heads() * rows));
+    if (!sums.data || !memory.data || !strips.data || !states.data) return 1;
     Part<Map>* parts = (Part<Map>*)memory.data;
+    typename Map::State* merged = (typename Map::State*)states.data;  // of whole rows
     auto strip_of = [&](int64_t head, int64_t r, int64_t from) { return strips.data + (head * rows + r) * length + from; };
     auto each_split = [&](auto step) {
       return share(with, heads() * splits, Split::room(*this), [&](int64_t i, float* room) {
@@ -349,26 +350,26 @@ struct FewQueries {
         int64_t many = least(KEY_TILE, split.end - from), whole = up_to(many, W);
         split.tile_scores(from, many);
         for (int64_t r = 0; r < rows; ++r) {
-          float* s = strip_of(head, r, from);
+          float *s = strip_of(head, r, from), *before = strip_of(head, r, split.first);
           memcpy(s, split.scores + r * KEY_TILE, (size_t)whole * 4);
-          Map::first(part[r].state, s, whole, nullptr, 0);
+          Map::first(part[r].state, s, whole, before, from - split.first);
         }
       }
       for (int64_t r = 0; r < rows; ++r) part[r].poisoned = split.poisoned[r];
     });
     if (failed) return failed;
     for (int64_t i = 0; i < heads() * rows; ++i) {
-      Part<Map>* whole = parts + i / rows * splits * rows + i % rows;
-      for (int64_t k = 1; k < splits; ++k) Map::merge(whole->state, whole[k * rows].state);
+      const Part<Map>* part = parts + i / rows * splits * rows + i % rows;
+      merged[i] = part->state;
+      for (int64_t k = 1; k < splits; ++k) Map::merge(merged[i], part[k * rows].state);
     }
     failed = each_split([&](Split& split, int64_t head, Part<Map>* part) {
-      const Part<Map>* merged = parts + head * splits * rows;
       D total[FEW_ROWS];
       for (int64_t r = 0; r < rows; ++r) total[r] = zero();
       for (int64_t from = split.first; from < split.end; from += KEY_TILE) {
         int64_t many = least(KEY_TILE, split.end - from);
         for (int64_t r = 0; r < rows; ++r) {
-          typename Map::Row row = Map::settle(merged[r].state, split.row(r));
+          typename Map::Row row = Map::settle(merged[head * rows + r], part[r].state, split.row(r));
           for (int64_t j = 0; j < many; j += W) {
             F w = row.of(load(strip_of(head, r, from + j)));
             store(split.weights + r * KEY_TILE + j, w);
@@ -393,7 +394,7 @@ struct FewQueries {
         add_up(out, 1, out + k * rows * wide, 1);
       }
       RowOf at = row(true, head / a.kv_heads, head % a.kv_heads, r);
-      float factor = Map::close(whole->state, Map::settle(whole->state, at), at, whole->total, 0, nothing, &extra);
+      float factor = Map::close(merged[i], Map::settle(merged[i], merged[i], at), at, whole->total, 0, nothing, &extra);
       store_row(at, out, factor, whole->poisoned);
     }
     return 0;
@@ -408,8 +409,10 @@ static int attend_few(const am_attention* a, am_parallel with) {
     case AM_MAP_SIGMOID: return few.template stream<SigmoidMap>(with);
     case AM_MAP_RELU: return few.template stream<ReluMap>(with);
     case AM_MAP_SOFTPLUS: return few.template stream<SoftplusMap>(with);
-    default: return few.template by_strip<LssarMap>(with);  // are_few() has seen to that
+    case AM_MAP_LSSAR: return few.template by_strip<LssarMap>(with);
+    case AM_MAP_CLIPPED: break;
   }
+  return few.template by_strip<ClippedMap>(with);
 }
 
 }  // namespace AM_ISA

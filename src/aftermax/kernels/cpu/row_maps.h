@@ -190,6 +190,14 @@ struct SoftmaxMap {
     return stats[0];
   }
 
+  // By what the weights of a part are multiplied to be weights of the whole that it was merged into. Not above 1, but for
+  // rounding: no part lies above the whole.
+  static float share_of(const State& part, const State& whole) {
+    if (!part.begun) return 0;
+    if (part.shift == 0 && whole.shift == 0) return (float)times_power(1, part.e - whole.e);
+    return (float)::exp(part.log() - whole.log());
+  }
+
   struct Back {
     F factor, e, shift, delta;
     Back(const RowOf&, const float* stats, float of_delta, float)
@@ -297,8 +305,10 @@ struct SoftplusMap {
 
 // ---- maps that have to see the whole row first --------------------------------------------------------
 //
-// Their scores stay in a strip. first() takes a tile as it comes, settle() the whole row, after which Row gives the
-// weights, and second_of() those of the second sum that the backward pass needs (am_attention.extra).
+// Their scores stay in a strip. first() takes a tile as it comes, and may change what stands in the strip of earlier ones;
+// settle() takes the state of the whole row, after which Row gives the weights, and second_of() those of the second sum
+// that the backward pass needs (am_attention.extra). Where the strip was made in parts, each by itself, merge() puts their
+// states together, and settle() is also told that of the part whose strip the Row will be given.
 
 // A row whose largest f exceeds the mean by no more than this share of it is flat: there is nothing to sharpen but
 // rounding, and it takes the weights of the softplus map.
@@ -347,7 +357,7 @@ struct LssarMap {
       return select_below(set1(0), x, less.of(x), set1(0));
     }
   };
-  static Row settle(const State& s, const RowOf& row) { return Row(s, row); }
+  static Row settle(const State& s, const State&, const RowOf& row) { return Row(s, row); }
   // `total`, `second`: of the weights. Returns what the weighted sum is multiplied by; extra_factor likewise.
   static float close(const State&, const Row& r, const RowOf&, double total, double second, float* stats,
                      float* extra_factor) {
@@ -402,6 +412,10 @@ struct ClippedMap {
   static void first(State& s, float* x, int64_t n, float* before, int64_t count) {
     scale_row(before, count, SoftmaxMap::settle<Singles>(s, x, x, n));
   }
+  static void merge(State& s, const State& more) {
+    float of_s = 1, of_more = 1;
+    SoftmaxMap::merge(s, more, &of_s, &of_more);
+  }
   struct Row {
     F stretch, bias;  // of e^s
     F of(F e) const { return min(set1(1), max(set1(0), fma(e, stretch, bias))); }
@@ -410,8 +424,9 @@ struct ClippedMap {
       return select_below(u, none, none, select_below(set1(CLIPPED_ABOVE), u, none, e));
     }
   };
-  static Row settle(const State& s, const RowOf& row) {
-    return {set1(row.per(row.a->row_weight, 1) * s.factor()), set1(row.per(row.a->row_bias, 0))};
+  static Row settle(const State& s, const State& part, const RowOf& row) {
+    float stretch = row.per(row.a->row_weight, 1) * s.factor() * SoftmaxMap::share_of(part, s);
+    return {set1(stretch), set1(row.per(row.a->row_bias, 0))};
   }
   static float close(const State& s, const Row& r, const RowOf& at, double, double, float* stats, float* extra_factor) {
     SoftmaxMap::close(s, at, stats);
