@@ -1,5 +1,7 @@
 """What a second reader found: results that were wrong with nothing said, and their like."""
 
+import threading
+
 import pytest
 import torch
 
@@ -8,8 +10,9 @@ transformers = pytest.importorskip("transformers")
 from transformers import AttentionInterface  # noqa: E402
 
 from aftermax import CATALOGUE, hf  # noqa: E402
+from aftermax.hf.door import on_softmax, watched  # noqa: E402
 
-from .hf_models import IDS, MODELS, NEWEST, SIZES, tiny, tokens  # noqa: E402
+from .hf_models import CACHE, IDS, MODELS, NEWEST, SIZES, tiny, tokens  # noqa: E402
 
 CAUSAL = [entry.name for entry in CATALOGUE if entry.causal]
 
@@ -163,3 +166,54 @@ def test_check_and_convert_of_a_compiled_model():
     hf.convert(compiled, "sigmoid")
     found, expected = (logits_of(m, input_ids=tokens()) for m in (compiled, model))
     assert (found - expected).abs().max() < 1e-6
+
+
+# ---- the door ----
+
+
+def test_another_thread_goes_on_with_its_own_attention():
+    """`convert` looks at a model on softmax; one that serves meanwhile must not notice."""
+    model, found = tiny("llama", "aftermax-lssar"), []
+    expected = logits_of(model, input_ids=tokens())
+    with on_softmax(), watched() as seen:
+        served = threading.Thread(target=lambda: found.append(logits_of(model, input_ids=tokens())))
+        served.start()
+        served.join()
+    assert torch.equal(found[0], expected)
+    assert not seen
+
+
+@pytest.mark.parametrize("name", ["softmax", "lssar", "clipped-normalised", "scale-invariant"])
+def test_t5_decodes_as_in_a_full_pass(name):
+    """Its position bias comes beside the mask; distances are counted from the cache's length."""
+    if "t5" not in MODELS:
+        pytest.skip("T5 is not on the interface in this version")
+    model, bias = tiny("t5", f"aftermax-{name}"), torch.randn(1, 4, 1, 9)
+    self_attention = model.decoder.block[0].layer[0].SelfAttention
+    attend = AttentionInterface()[f"aftermax-{name}"]
+    query, key = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
+    causal = torch.ones(9, 9).tril().bool()[None, None].repeat(2, 1, 1, 1)
+    whole, _ = attend(
+        self_attention, query, key, key, causal, position_bias=bias.expand(1, 4, 9, 9)
+    )
+    last, _ = attend(
+        self_attention, query[:, :, -1:], key, key, causal[:, :, -1:], position_bias=bias
+    )
+    torch.testing.assert_close(last, whole[:, -1:])
+
+
+@pytest.mark.parametrize("name", ["scale-invariant", "cosformer", "transnormer"])
+def test_cross_attention_knows_no_distance(name):
+    with pytest.raises(ValueError, match=r"distance.*nothing says where they stand"):
+        logits_of(tiny("whisper", f"aftermax-{name}"), **MODELS["whisper"].inputs(False))
+
+
+@pytest.mark.parametrize("name", ["linear", "lssar"])
+def test_compiled_with_a_static_cache(name):
+    model, ids = tiny("llama", f"aftermax-{name}"), tokens()
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = logits_of(model, input_ids=ids)
+    cache, pieces = transformers.StaticCache(config=model.config, max_cache_len=16), []
+    for part in (slice(0, 8), slice(8, 9), slice(9, 12)):
+        pieces.append(logits_of(compiled, input_ids=ids[:, part], **{CACHE: cache}))
+    assert (torch.cat(pieces, 1) - expected).abs().max() < 2e-5

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,9 @@ from aftermax import scores
 from aftermax.attention import attention_weights
 from aftermax.catalogue import CATALOGUE
 from aftermax.dense import Dense, System, as_system
-from aftermax.hf.masks import bool_mask, places_are_known, visible_of
+from aftermax.hf.masks import bool_mask, visible_of
 from aftermax.hf.recurrent import HELD
+from aftermax.linear import CosFormer, TransNormer
 from aftermax.weights import RowMap, ScaleInvariantSoftmax, SoftmaxSink
 
 PREFIX = "aftermax-"
@@ -40,6 +42,8 @@ REFUSED = {
     "alibi": "it gives ALiBi as a tensor of its own; give it within the attention mask",
 }
 """Arguments of attention that cannot be honoured -> why. None stands for "not used"."""
+
+BY_DISTANCE = (ScaleInvariantSoftmax, CosFormer, TransNormer)
 
 
 def register(**systems: RowMap | System) -> tuple[str, ...]:
@@ -113,33 +117,42 @@ class Seen:
     heads: int
     key_dim: int
     value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    sinks: bool
+    """Whether the model gives sinks that the system takes for its own."""
 
 
-_watching: list[dict[int, Seen]] = []
+class _Looking(threading.local):
+    """What this thread looks at: another may be using a model meanwhile."""
+
+    def __init__(self):
+        self.seen: list[dict[int, Seen]] = []
+        self.on_softmax = False
+
+
+_looking = _Looking()
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[dict[int, Seen]]:
     """Which modules come through while this is open, by their id."""
     seen: dict[int, Seen] = {}
-    _watching.append(seen)
+    _looking.seen.append(seen)
     try:
         yield seen
     finally:
-        _watching.remove(seen)
-
-
-_plain: list[bool] = []
+        _looking.seen.pop()
 
 
 @contextlib.contextmanager
 def on_softmax() -> Iterator[None]:
     """While this is open, every module runs softmax: to look at a model, not to use it."""
-    _plain.append(True)
+    before, _looking.on_softmax = _looking.on_softmax, True
     try:
         yield
     finally:
-        _plain.pop()
+        _looking.on_softmax = before
 
 
 def attend_as(
@@ -170,14 +183,15 @@ def attend_as(
     """
     query, key, value = _as_autocast(query, key, value)
     system, learned = system_of(module, system), dict(getattr(module, LEARNED, {}))
-    held = None if _plain else kwargs.pop(HELD, None)
-    if _plain:
-        system, learned = Dense(SoftmaxSink()), {}
-    if _watching and not torch.compiler.is_compiling():
-        shape = (query.shape[1], query.shape[-1], value.shape[-1])
-        _watching[-1].setdefault(id(module), Seen(module, system, *shape))
+    held, sinks = kwargs.pop(HELD, None), kwargs.pop("s_aux", None)
+    if not torch.compiler.is_compiling():  # which is never done to look
+        if _looking.on_softmax:
+            system, learned, held = Dense(SoftmaxSink()), {}, None
+        if _looking.seen:
+            shape = (query.shape[1], query.shape[-1], value.shape[-1])
+            found = Seen(module, system, *shape, query.dtype, query.device, sinks is not None)
+            _looking.seen[-1].setdefault(id(module), found)
     weights = system.weights if isinstance(system, Dense) else None
-    sinks = kwargs.pop("s_aux", None)
     if sinks is not None and isinstance(weights, SoftmaxSink):
         learned["sink"] = sinks
         sinks = None
@@ -186,11 +200,6 @@ def attend_as(
         options = {"dropout_p": dropout, **learned}
         out = held.attend(system, query, key, value, attention_mask, **options)
         return out.transpose(1, 2).contiguous(), None
-    if by_distance(system) and not places_are_known(attention_mask, query.shape[-2], key.shape[-2]):
-        raise ValueError(
-            f"{system} weighs keys by distance, and a compiled model with a static cache does not "
-            "say where its queries stand: use a dynamic cache, or do not compile"
-        )
     # some models say False where they mean "not by PyTorch's flag": beside a mask, for one query
     if is_causal is None or attention_mask is not None or query.shape[-2] == 1:
         is_causal = getattr(module, "is_causal", True)
@@ -202,6 +211,12 @@ def attend_as(
         window=kwargs.get("sliding_window"),
         bias=kwargs.get("position_bias"),
     )
+    if by_distance(system) and query.shape[-2] != key.shape[-2] and not visible.causal:
+        raise ValueError(
+            f"{type(module).__name__} with {system}, which weighs keys by distance: "
+            f"{query.shape[-2]} queries to {key.shape[-2]} keys, and nothing says where they stand "
+            "(cross-attention, a mask that is not causal, a compiled model with a static cache)"
+        )
     options: dict[str, Any] = {"enable_gqa": True, **learned}
     if weights is not None and weights.prepare is scores.dot:
         options["scale"] = scaling
@@ -215,9 +230,7 @@ def attend_as(
 
 def by_distance(system: System) -> bool:
     """Whether the system must know how far a key is from its query, beside what it sees."""
-    if isinstance(system, Dense):
-        return isinstance(system.weights, ScaleInvariantSoftmax)
-    return True
+    return isinstance(getattr(system, "weights", system), BY_DISTANCE)
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

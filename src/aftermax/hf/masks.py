@@ -9,6 +9,7 @@ work falls away, and the linear systems walk with a state.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -75,32 +76,30 @@ def visible_of(
     """
     if mask is not None and mask.shape[-1] > keys:
         mask = mask[..., :keys]
-    offset = keys - 1 if causal and queries == 1 else 0
-    if bias is not None:
-        return _with_bias(mask, bias[..., :keys], causal, offset)
+    said = _said(mask, queries, keys, causal, window)
+    return said if bias is None else _and_bias(said, mask, bias[..., :keys])
+
+
+def _said(
+    mask: Tensor | None, queries: int, keys: int, causal: bool, window: int | None
+) -> Visible:
     if mask is None:
-        return Visible(causal=causal, offset=offset)
+        return Visible(causal=causal, offset=keys - 1 if causal and queries == 1 else 0)
     if mask.ndim != 4 or torch.compiler.is_compiling():
         return Visible(mask=mask)
     key = (causal, window)
     return remembered(mask, "visible", key, lambda: _shortest(mask, causal, window))
 
 
-def places_are_known(mask: Tensor | None, queries: int, keys: int) -> bool:
-    """Whether `visible_of` can say which of the keys the queries themselves are.
-
-    A compiled model cannot look into its mask, and with a static cache nothing else tells.
-    """
-    return mask is None or queries == keys or not torch.compiler.is_compiling()
-
-
-def _with_bias(mask: Tensor | None, bias: Tensor, causal: bool, offset: int) -> Visible:
+def _and_bias(said: Visible, mask: Tensor | None, bias: Tensor) -> Visible:
+    """The same keys, and the bias added to their scores."""
     if mask is None:
-        return Visible(causal=causal, offset=offset, mask=bias)
+        return replace(said, mask=bias)
     if mask.dtype == torch.bool:
-        return Visible(mask=bias.masked_fill(~mask, torch.finfo(bias.dtype).min))
+        return replace(said, mask=bias.masked_fill(~mask, torch.finfo(bias.dtype).min))
     hidden = mask <= hidden_below(mask.dtype)  # two numbers at the lowest would add up to -inf
-    return Visible(mask=(bias + mask.masked_fill(hidden, 0)).masked_fill(hidden, -torch.inf))
+    both = (bias + mask.masked_fill(hidden, 0)).masked_fill(hidden, -torch.inf)
+    return replace(said, mask=both)
 
 
 def _shortest(mask: Tensor, causal: bool, window: int | None) -> Visible:
