@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from aftermax.hf.convert import choose, give, otherwise, record, set_implementation
 from aftermax.hf.door import OWN, Seen, implementation
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,17 @@ def distil(
     for place, found in old.items():
         config = getattr(found.module, "config", None)  # the model's own: it says what runs
         pupil = copy.deepcopy(found.module, {id(config): config})
+        give(pupil, found, name, own=True)
+        if found.dtype in HALF:  # which has no room for small steps
+            pupil.float()
         new[place] = pupil.requires_grad_().train()
-        give(new[place], found, name, own=True)
     try:
         errors = _train(model, old, new, batches, learning_rate, warmup, progress)
     except BaseException:
         set_implementation(model, before)
         raise
     for place, module in new.items():
+        _as_before(module, old[place])
         model.set_submodule(place, module.train(model.training))
         if layers is None:
             delattr(module, OWN)
@@ -97,6 +103,16 @@ def distil(
         set_implementation(model, name)
     record(model, name, layers)
     return Distilled(tuple(old), tuple(errors))
+
+
+def _as_before(module: nn.Module, found: Seen) -> None:
+    """The dtypes of the old module, and what was frozen in it."""
+    names = {name: p.requires_grad for name, p in found.module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(names.get(name, True))
+    were = {**dict(found.module.named_parameters()), **dict(found.module.named_buffers())}
+    for name, x in [*module.named_parameters(), *module.named_buffers()]:
+        x.data = x.data.to(were[name].dtype if name in were else found.dtype)
 
 
 def _train(
@@ -127,6 +143,14 @@ def _train(
     return errors
 
 
+def _float32(inputs: Any) -> Any:
+    def wide(x: Any) -> Any:
+        half = isinstance(x, Tensor) and x.dtype in HALF
+        return x.float() if half else x
+
+    return tree_map(wide, inputs)
+
+
 def _teach(
     model: PreTrainedModel, old: dict[str, Seen], new: dict[str, nn.Module], tokens: Tensor
 ) -> dict[str, float]:
@@ -137,8 +161,9 @@ def _teach(
         def hook(module: nn.Module, inputs: tuple, options: dict[str, Any], out: Any) -> None:
             wanted = out[0] if isinstance(out, tuple) else out
             with torch.enable_grad():
-                given = new[place](*inputs, **options)
+                given = new[place](*_float32(inputs), **_float32(options))
                 given = given[0] if isinstance(given, tuple) else given
+                wanted = wanted.float()
                 error = (given - wanted).square().sum() / wanted.square().sum()
                 error.backward()
             missed[place] = float(error.detach())
