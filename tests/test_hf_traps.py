@@ -217,3 +217,95 @@ def test_compiled_with_a_static_cache(name):
     for part in (slice(0, 8), slice(8, 9), slice(9, 12)):
         pieces.append(logits_of(compiled, input_ids=ids[:, part], **{CACHE: cache}))
     assert (torch.cat(pieces, 1) - expected).abs().max() < 2e-5
+
+
+# ---- convert, load, distil ----
+
+
+def randomised(model):
+    """What the systems learn is no longer what it starts with."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "aftermax" in name:
+                p.normal_()
+    return model
+
+
+@pytest.mark.parametrize("named", ["aftermax-lssar", "aftermax-sink", "sdpa"])
+def test_layers_that_were_named_at_construction_come_back(named, tmp_path):
+    model = randomised(hf.convert(tiny("llama", named), "sigmoid", layers=[0]))
+    expected = [layer.system for layer in hf.check(model).layers]
+    model.save_pretrained(tmp_path)
+    again = hf.load(tmp_path).eval()
+    assert [layer.system for layer in hf.check(again).layers] == expected
+    hf.convert(again, "sink", layers=[1])  # and once more
+    randomised(again).save_pretrained(tmp_path)
+    found = logits_of(hf.load(tmp_path).eval(), input_ids=tokens())
+    assert torch.equal(found, logits_of(again, input_ids=tokens()))
+
+
+def test_check_says_when_what_is_saved_is_not_what_runs():
+    model = hf.convert(tiny("llama", "eager"), "lssar")
+    model.set_attn_implementation("aftermax-sigmoid")
+    assert "brings back" in " ".join(hf.check(model).problems)
+
+
+def test_a_folder_within_a_folder_and_torch_files(tmp_path):
+    model = randomised(hf.convert(tiny("llama", "eager"), "sink"))
+    expected = logits_of(model, input_ids=tokens())
+    model.save_pretrained(tmp_path / "inner", max_shard_size="10KB")
+    found = hf.load(tmp_path, subfolder="inner").eval()
+    assert torch.equal(logits_of(found, input_ids=tokens()), expected)
+    for file in (tmp_path / "inner").glob("*.safetensors*"):
+        file.unlink()
+    torch.save(model.state_dict(), tmp_path / "inner" / "pytorch_model.bin")
+    found = hf.load(tmp_path / "inner").eval()
+    assert torch.equal(logits_of(found, input_ids=tokens()), expected)
+
+
+def test_the_models_own_sinks_are_the_parameters():
+    """A second, unused one would stop DistributedDataParallel."""
+    model = hf.convert(tiny("gpt-oss", "aftermax-sink"), "sink").train()
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "sink" in n)
+    assert not any("aftermax" in name for name, _ in model.named_parameters())
+
+
+class Bytes(torch.nn.Module):
+    """A linear layer whose weights are stored as int8."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = torch.nn.Parameter((linear.weight * 500).to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) / 500).T
+
+
+def test_what_is_learned_is_no_integer():
+    model = tiny("llama", "eager")
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Bytes(getattr(layer.self_attn, name)))
+    hf.convert(model, "sink")
+    assert {p.dtype for n, p in model.named_parameters() if "aftermax" in n} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_distil_in_half_precision(dtype):
+    model = tiny("llama", "eager").to(dtype)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(500)  # as large as outputs of trained models are
+    found = hf.distil(model, [torch.randint(1, 97, (4, 64)) for _ in range(3)], "sink")
+    assert all(0 < error < 2 for errors in found.errors for error in errors)
+    assert all(p.isfinite().all() and p.dtype == dtype for p in model.parameters())
+    assert logits_of(model, input_ids=tokens()).dtype == dtype
+
+
+def test_distil_leaves_what_was_frozen_frozen():
+    model = tiny("llama", "eager").requires_grad_(False)
+    hf.distil(model, [tokens()] * 2, "sink")
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert learning
+    assert all("aftermax_learned" in name for name in learning)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aftermax.dense import Dense
-from aftermax.hf.door import LEARNED, PREFIX, Seen, watched
+from aftermax.hf.door import LEARNED, PREFIX, SAVED, Seen, watched
 from aftermax.hf.recurrent import RecurrentLayer, is_carried, recurrent_refusal
 from aftermax.linear.separable import Separable
 
@@ -198,7 +198,7 @@ def _layer(
         return Layer(name, kind, None, "its own")
     system, notes = found.system, []
     learns = system.learned(found.heads, found.key_dim, found.value_dim)
-    if learns and not hasattr(module, LEARNED) and not hasattr(module, "sinks"):
+    if learns and not hasattr(module, LEARNED) and not found.sinks:
         notes.append(
             f"{_told(system)} learns {', '.join(learns)}, which stay at their initial values here: "
             "aftermax.hf.convert(model, ...) makes them parameters"
@@ -237,6 +237,13 @@ def _problems(
     implementation = str(getattr(model.config, "_attn_implementation", None))
     if not implementation.startswith(PREFIX) and any(layer.system for layer in layers):
         problems.append(f"the model's own implementation is {implementation!r}")
+    steps = getattr(model.config, SAVED, None) or []
+    converted = [step["attention"] for step in steps if step["layers"] is None][-1:]
+    if converted and implementation.startswith(PREFIX) and implementation != PREFIX + converted[0]:
+        problems.append(
+            f"hf.convert made it {converted[0]!r}, which is what is saved and what hf.load brings "
+            f"back, and since then it was set to {implementation!r}: convert it to that"
+        )
     causal = all(getattr(found.module, "is_causal", True) for found in seen.values())
     if inputs is None and not foreign and _writes(model, causal):
         batch, name = _to_be_continued(model)

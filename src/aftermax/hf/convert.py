@@ -10,16 +10,36 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from aftermax.hf.check import look, state_bytes
-from aftermax.hf.door import LEARNED, OWN, PREFIX, Seen, implementation, on_softmax, system_named
+from aftermax.hf.door import (
+    LEARNED,
+    OWN,
+    PREFIX,
+    SAVED,
+    Seen,
+    implementation,
+    on_softmax,
+    system_named,
+)
 from aftermax.hf.recurrent import CARRIED, carry, is_carried, recurrent_refusal
+from aftermax.weights import SoftmaxSink
 
-SAVED = "aftermax"
-"""The field of a model's config that says what `convert` did."""
+WHERE = (
+    "cache_dir",
+    "force_download",
+    "gguf_file",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""Of the arguments of `from_pretrained`, those that say what is read."""
 
 
 def convert(
@@ -70,7 +90,7 @@ def convert(
         look(model, inputs)  # a system may not do what this model asks of it
         if cache == "recurrent":
             make_recurrent(model, layers, inputs=inputs)
-    except ValueError:
+    except Exception:
         for place, found in chosen.items():
             _put_back(found.module, had[place])
         set_implementation(model, before)
@@ -171,8 +191,7 @@ def load(
     Raises:
         ValueError: as `convert`.
     """
-    gguf = {k: kwargs[k] for k in ("gguf_file",) if k in kwargs}
-    config = AutoConfig.from_pretrained(path, **gguf)
+    config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in WHERE if k in kwargs})
     saved = getattr(config, SAVED, None) or []
     carried = getattr(config, CARRIED, None) or []
     steps = [{"attention": attention, "layers": layers}] if attention else saved
@@ -183,9 +202,12 @@ def load(
         model = kind.from_pretrained(path, attn_implementation=implementation(whole), **kwargs)
     setattr(model.config, SAVED, [])
     for step in steps:
-        convert(model, step["attention"], layers=step["layers"], cache=cache)
+        if step.get("named"):
+            setattr(model.config, SAVED, [step])
+        else:
+            convert(model, step["attention"], layers=step["layers"], cache=cache)
     if not attention:
-        _restore(model, Path(path))
+        _restore(model, _folder(path, kwargs))
         if carried:
             make_recurrent(model, carried)
     return model
@@ -211,7 +233,7 @@ def choose(
     set_implementation(model, whole)
     try:
         return _of_layers(_through_the_door(model, inputs), layers)
-    except ValueError:
+    except Exception:
         set_implementation(model, before)
         raise
 
@@ -232,11 +254,12 @@ def give(module: nn.Module, found: Seen, name: str, own: bool) -> None:
     _put_back(module, {})
     if own:
         setattr(module, OWN, system)
-    like = next(module.parameters())
     learned = system.learned(found.heads, found.key_dim, found.value_dim)
-    if learned:
+    if found.sinks and isinstance(getattr(system, "weights", None), SoftmaxSink):
+        learned = {}  # the model's own
+    if learned:  # in the dtype of the queries: what the weights are stored in may be no such number
         parameters = {
-            key: nn.Parameter(start.to(device=like.device, dtype=like.dtype))
+            key: nn.Parameter(start.to(device=found.device, dtype=found.dtype))
             for key, start in learned.items()
         }
         setattr(module, LEARNED, nn.ParameterDict(parameters))
@@ -261,8 +284,17 @@ def record(model: PreTrainedModel, name: str, layers: list[int] | None) -> None:
     """Write into the config what `load` will do again."""
     step = {"attention": name.removeprefix(PREFIX), "layers": layers}
     earlier = [] if layers is None else list(getattr(model.config, SAVED, None) or [])
+    whole = str(model.config._attn_implementation).removeprefix(PREFIX)
+    if layers is not None and whole not in [x["attention"] for x in earlier if _is_whole(x)]:
+        # it was named at construction, or by `set_attn_implementation`, and learns nothing
+        some = [x for x in earlier if not _is_whole(x)]
+        earlier = [{"attention": whole, "layers": None, "named": True}, *some]
     setattr(model.config, SAVED, [*earlier, step])
     _record_carried(model)
+
+
+def _is_whole(step: dict[str, Any]) -> bool:
+    return step["layers"] is None
 
 
 def _record_carried(model: PreTrainedModel) -> None:
@@ -309,6 +341,12 @@ def _class_of(config: Any) -> Any:
     for name in getattr(config, "architectures", None) or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{type(config).__name__} names no class of transformers (its architectures: "
+            f"{getattr(config, 'architectures', None)}), and has no decoder: open it by its own "
+            "class, and convert it"
+        )
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
@@ -323,12 +361,32 @@ def _expecting_learned(kind: Any) -> Iterator[None]:
         kind._keys_to_ignore_on_load_unexpected = before
 
 
-def _restore(model: PreTrainedModel, path: Path) -> None:
+def _folder(path: str | Path, kwargs: dict[str, Any]) -> Path:
+    """Where the weights are that `from_pretrained` has just read."""
+    if not Path(path).is_dir():
+        where = {k: kwargs[k] for k in ("cache_dir", "revision") if k in kwargs}
+        path = snapshot_download(str(path), local_files_only=True, **where)
+    return Path(path) / kwargs.get("subfolder", "")
+
+
+def _restore(model: PreTrainedModel, folder: Path) -> None:
     """The learned parameters of the systems, which `from_pretrained` had no place for."""
     places = {name: p for name, p in model.named_parameters() if f".{LEARNED}." in name}
-    for file in sorted(path.glob("*.safetensors")) if places else ():
-        with safe_open(file, "pt") as stored, torch.no_grad():
-            for name in set(stored.keys()) & set(places):
-                places.pop(name).copy_(stored.get_tensor(name))
+    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))] if places else []
+    for file in files:
+        with torch.no_grad():
+            for name, stored in _stored(file, places):
+                places.pop(name).copy_(stored)
     if places:
-        raise ValueError(f"{path} does not hold {', '.join(sorted(places))}")
+        raise ValueError(f"{folder} does not hold {', '.join(sorted(places))}")
+
+
+def _stored(file: Path, wanted: Iterable[str]) -> list[tuple[str, Tensor]]:
+    if file.suffix == ".bin":
+        if not file.name.startswith("pytorch_model"):
+            return []
+        held = torch.load(file, map_location="cpu", weights_only=True)
+        return [(name, held[name]) for name in wanted if name in held]
+    with safe_open(file, "pt") as held:
+        names = set(held.keys())
+        return [(name, held.get_tensor(name)) for name in wanted if name in names]

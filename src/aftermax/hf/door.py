@@ -31,6 +31,8 @@ LEARNED = "aftermax_learned"
 """Of an attention module: the parameters of its system, put there by `convert`."""
 OWN = "aftermax_system"
 """Of an attention module: its own system, where it is not the whole model's."""
+SAVED = "aftermax"
+"""The field of a model's config that says what `convert` did."""
 
 REFUSED = {
     "softcap": "its scores are capped by tanh (softcap), which no system here does; "
