@@ -22,6 +22,14 @@ def _registered():
     hf.register()
 
 
+@pytest.fixture
+def compiling():
+    """What one test has compiled counts against no other."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def logits_of(model, **inputs):
     with torch.no_grad():
         return model(**inputs).logits
@@ -60,7 +68,7 @@ def test_autocast_softmax_is_that_of_sdpa(kind):
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-def test_autocast_compiles_in_one_graph():
+def test_autocast_compiles_in_one_graph(compiling):
     model = tiny("llama", "aftermax-lssar")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -157,7 +165,7 @@ def test_check_leaves_what_was_frozen():
     assert all(module.training for module in model.model.layers[1].modules())
 
 
-def test_check_and_convert_of_a_compiled_model():
+def test_check_and_convert_of_a_compiled_model(compiling):
     compiled, model = tiny("llama", "aftermax-lssar"), hf.convert(tiny("llama", "eager"), "sigmoid")
     compiled.compile(backend="aot_eager")
     logits_of(compiled, input_ids=tokens())
@@ -209,7 +217,7 @@ def test_cross_attention_knows_no_distance(name):
 
 
 @pytest.mark.parametrize("name", ["linear", "lssar"])
-def test_compiled_with_a_static_cache(name):
+def test_compiled_with_a_static_cache(name, compiling):
     model, ids = tiny("llama", f"aftermax-{name}"), tokens()
     compiled = torch.compile(model, backend="aot_eager")
     expected = logits_of(model, input_ids=ids)
