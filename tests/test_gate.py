@@ -40,6 +40,12 @@ def test_gates_are_their_formulas(kind):
     assert torch.autograd.gradcheck(gate, (x,))
 
 
+def test_narrow_heads_have_an_mlp_too():
+    """Of a part of 2, a quarter is no hidden number at all."""
+    gate, x = Gate(8, 4, kind="mlp", dtype=F64), torch.randn(2, 5, 8, dtype=F64)
+    assert_close(gate(x), by_hand(gate, x).transpose(1, 2)[..., None])
+
+
 @pytest.mark.parametrize("name", ["softmax", "lssar", "linear", "sink"])
 @pytest.mark.parametrize("kind", [kind for kind in GATES if kind != "average"])
 def test_cached_equals_full(kind, name):

@@ -7,7 +7,7 @@ value at the start::
 
     head     g_h = a_h                                     one number for each head
     token    g_h = w_h . x_h + b_h                         the paper's conditional gate
-    mlp      g_h = v_h . relu(W_h x_h + c_h) + b_h         hidden width d / 4, as for BERT
+    mlp      g_h = v_h . relu(W_h x_h + c_h) + b_h         hidden width d / 4, 1 at least
     all      g_h = u_h . x + b_h                           all of the input, as for OPT-1.3b
     average  the mean of `token` over the tokens           not causal: it sees what comes after
 
@@ -64,7 +64,7 @@ class Gate(nn.Module):
         start = math.log(open_at_start / (1 - open_at_start))
         self.bias = nn.Parameter(torch.full((heads,), start, **factory))
         part = width // heads
-        read = {"head": 0, "mlp": part // 4, "all": width}.get(kind, part)
+        read = {"head": 0, "mlp": max(1, part // 4), "all": width}.get(kind, part)
         self.inner = (
             nn.Parameter(torch.empty(heads, read, part, **factory)) if kind == "mlp" else None
         )
@@ -84,11 +84,14 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return self.bias.sigmoid()[:, None, None]
-        read = x[:, :, None] if self.kind == "all" else x.unflatten(-1, (self.heads, -1))
-        if self.inner is not None and self.inner_bias is not None:
-            read = torch.einsum("bthd,hed->bthe", read, self.inner) + self.inner_bias
-            read = read.relu()
-        logits = (read * self.weight).sum(-1) + self.bias  # (B, T, H)
+        if self.kind == "all":
+            logits = x @ self.weight.T + self.bias
+        else:
+            read = x.unflatten(-1, (self.heads, -1))
+            if self.inner is not None and self.inner_bias is not None:
+                read = torch.einsum("bthd,hed->bthe", read, self.inner) + self.inner_bias
+                read = read.relu()
+            logits = (read * self.weight).sum(-1) + self.bias  # (B, T, H)
         if self.kind == "average":
             logits = logits.mean(1, keepdim=True)
         return logits.sigmoid().transpose(1, 2)[..., None]
