@@ -10,7 +10,8 @@ quantisation; here 0 is reached, and a clipped weight has no gradient that would
 
 gamma is one number, fixed at the length of training: the row's sum before clipping,
 zeta + (N - 1) gamma, drifts with N, and far past that length all is clipped. In the normalised form
-it is beta at every N, and the threshold stays 1 - beta / eta of the uniform weight.
+it is beta at every N, and the threshold comes near 1 - beta / eta of the uniform weight as N grows
+(it is N (eta - beta) / (N eta - beta) of it).
 
 A weight is 0 where p <= -gamma / (zeta - gamma), and then has no gradient either: a row that is
 flat, as all are before training, must lie above it to learn anything. With gamma = -0.025 flat rows
@@ -161,5 +162,5 @@ NORMALISED_CLIPPED = Entry(
     normaliser="row sum",
     reweight="stretch by N, clip",
     laws=Laws(shift_invariant=True, length_aware=True),
-    claim="The same sum before clipping, and the same threshold, at every length.",
+    claim="The same sum before clipping at every length, and nearly the same threshold.",
 )
