@@ -150,6 +150,7 @@ def test_sampling_draws_from_what_it_may():
     assert draws(Sampling(1.0, top_p=0.9), logits) == {1, 2, 3}
     assert draws(Sampling(1.0, top_p=0.4), logits) == {1}
     assert draws(Sampling(0.01), logits) == {1} == draws(GREEDY, logits)
+    assert draws(Sampling(1e-39), logits) == {1}
 
 
 @pytest.mark.parametrize(
@@ -374,6 +375,46 @@ def test_what_a_hugging_face_folder_cannot_do(run, llama, arguments, message):
     code, _, told = run("--model", llama, *arguments)
     assert code == 2
     assert message in told
+
+
+def test_a_hugging_face_folder_with_states(llama, tmp_path):
+    """Saved after `make_recurrent`: what decoding keeps is told, and goes the way of steps."""
+    from aftermax import hf
+
+    model = hf.load(llama, "linear", cache="recurrent")
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(llama / name, tmp_path)
+    language = OfHuggingFace.open(tmp_path, None, torch.float32)
+    language.read(language.encode("abc"))
+    before = language.state_bytes
+    language.read([5])
+    assert language.state_bytes == before == sum(layer.bytes for layer in language.cache.layers) > 0
+    assert "O(T^2)" not in language.explain(1, 4)
+
+
+def test_a_folder_of_an_encoder_and_a_decoder(run, llama, tmp_path):
+    import transformers
+
+    config = transformers.WhisperConfig(
+        vocab_size=258, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8,
+        max_source_positions=10, max_target_positions=32, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(llama / name, tmp_path)
+    code, _, told = run("--model", tmp_path, "--prompt", "a")
+    assert code == 2
+    assert "does not continue a prompt" in told
+
+
+def test_spaces_stay_whatever_the_tokenizer_would_clean(llama):
+    language = OfHuggingFace.open(llama, None, torch.float32)
+    language.tokenizer.clean_up_tokenization_spaces = True
+    language.encode("a ")
+    assert "".join(map(language.write, language.encode(". x !"))) == ". x !"
 
 
 def test_a_folder_without_weights_or_with_two_gguf_files(run, llama, tmp_path):

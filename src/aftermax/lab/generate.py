@@ -94,7 +94,7 @@ class Sampling:
         if self.temperature == 0:
             return int(logits.argmax())
         values, tokens = logits.topk(min(self.top_k or len(logits), len(logits)))  # falling
-        p = (values / self.temperature).softmax(0)
+        p = ((values - values[0]) / self.temperature).softmax(0)  # finite, however cold it is
         before = p.cumsum(0) - p
         p = p.masked_fill(before >= self.top_p, 0)
         return int(tokens[torch.multinomial(p, 1, generator=generator)])

@@ -147,7 +147,7 @@ class OfHuggingFace:
         takes = inspect.signature(model.forward).parameters
         self.kept = "cache" if "cache" in takes else "past_key_values"  # before transformers 5.24
         self.last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self.text = Held(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
+        self.text = Held(self._decode)
 
     @classmethod
     def open(cls, path: Path, attention: str | None, dtype: torch.dtype) -> OfHuggingFace:
@@ -172,11 +172,22 @@ class OfHuggingFace:
         model = load(path, attention, dtype=dtype, **options)
         if not hasattr(model, "generation_config") or model.get_output_embeddings() is None:
             raise ValueError(f"{path}: {type(model).__name__} is no causal language model")
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{path}: {type(model).__name__} reads one text, or sound, and writes another, and "
+                "does not continue a prompt"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} holds no tokenizer that can be read: {error}") from None
         return cls(f"{path.name} ({type(model).__name__})", model, tokenizer)
+
+    def _decode(self, tokens: list[int]) -> str:
+        """Without cleaning up, which takes away spaces that are written already."""
+        return self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def encode(self, text: str) -> list[int]:
         tokens = self.tokenizer(text)["input_ids"]
@@ -201,14 +212,15 @@ class OfHuggingFace:
 
     @property
     def state_bytes(self) -> int:
-        layers = getattr(self.cache, "layers", [])
-        held = [x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor)]
-        return sum(x.numel() * x.element_size() for x in held)
+        return sum(_bytes_of(layer) for layer in getattr(self.cache, "layers", []))
 
     def explain(self, tokens: int, held: int) -> str:
         from aftermax.hf.masks import visible_of
+        from aftermax.hf.recurrent import is_carried
 
         first = self.seen[0]
+        if is_carried(first.module):  # the state stands for all that is held
+            held = 0
         query = torch.zeros(1, first.heads, tokens, first.key_dim, dtype=self.model.dtype)
         key = query.new_zeros(1, first.heads, held + tokens, first.key_dim)
         value = query.new_zeros(1, first.heads, held + tokens, first.value_dim)
@@ -217,6 +229,14 @@ class OfHuggingFace:
             return first.system.explain(query, key, value, visible)  # type: ignore[attr-defined]
         weights = first.system.weights
         return aftermax.explain(query, key, value, weights=weights, attn_mask=visible)
+
+
+def _bytes_of(layer: Any) -> int:
+    """Of a layer of a cache: one with a state knows, the others hold keys and values."""
+    if hasattr(layer, "bytes"):
+        return layer.bytes
+    held = [x for x in vars(layer).values() if isinstance(x, Tensor)]
+    return sum(x.numel() * x.element_size() for x in held)
 
 
 class Held:
