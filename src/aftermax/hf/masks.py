@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
-from aftermax.visible import Visible, hidden_below
+from aftermax.visible import Visible, hidden_below, pieces
 
 T = TypeVar("T")
+
+ROWS = 128
+"""Of a mask that are looked at together."""
 
 
 def bool_mask(*args, **options) -> Tensor | None:
@@ -113,7 +116,7 @@ def _shortest(mask: Tensor, causal: bool, window: int | None) -> Visible:
     if mask.shape[1] != 1:
         return given
     queries, keys = mask.shape[-2:]
-    if (queries > 1 or not causal) and (mask == mask[:, :, :1]).all():
+    if (queries > 1 or not causal) and _rows_are_alike(mask):
         return Visible(mask=_or_none(mask[:, :, :1]))
     if not causal:
         return given
@@ -122,7 +125,7 @@ def _shortest(mask: Tensor, causal: bool, window: int | None) -> Visible:
     offset = int(last) - queries
     for width in {None, window}:
         said = Visible(causal=True, offset=offset, window=width, mask=_or_none(seen))
-        if offset >= 0 and torch.equal(_whole(said, mask), mask):
+        if offset >= 0 and _says(said, mask):
             return said
     return given
 
@@ -131,7 +134,17 @@ def _or_none(seen: Tensor) -> Tensor | None:
     return None if seen.all() else seen
 
 
-def _whole(visible: Visible, like: Tensor) -> Tensor:
-    queries, keys = like.shape[-2:]
-    rows = visible.rows(0, queries, (0, keys), like.device, torch.float32)
-    return rows.visible.expand_as(like)
+def _rows_are_alike(mask: Tensor) -> bool:
+    first = mask[:, :, :1]
+    return torch.equal(first, mask[:, :, -1:]) and bool((mask == first).all())
+
+
+def _says(visible: Visible, mask: Tensor) -> bool:
+    """Whether these are the keys of the mask, looked at in blocks of rows."""
+    queries, keys = mask.shape[-2:]
+    for start, stop in pieces(queries, ROWS):
+        rows = visible.rows(start, stop, (0, keys), mask.device, torch.float32).visible
+        part = mask[:, :, start:stop]
+        if not torch.equal(rows.expand_as(part), part):
+            return False
+    return True
