@@ -7,10 +7,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from transformers import AttentionInterface  # noqa: E402
 
 from aftermax import CATALOGUE, hf  # noqa: E402
 from aftermax.hf.door import on_softmax, watched  # noqa: E402
+from aftermax.hf.masks import visible_of  # noqa: E402
 
 from .hf_models import CACHE, IDS, MODELS, NEWEST, SIZES, tiny, tokens  # noqa: E402
 
@@ -317,3 +319,28 @@ def test_distil_leaves_what_was_frozen_frozen():
     learning = [name for name, p in model.named_parameters() if p.requires_grad]
     assert learning
     assert all("aftermax_learned" in name for name in learning)
+
+
+def test_a_model_without_numbers_goes_through():
+    """On the device "meta", which autocast does not know."""
+    x = torch.empty(1, 2, 5, 8, device="meta")
+    out, _ = AttentionInterface()["aftermax-lssar"](torch.nn.Module(), x, x, x, None)
+    assert out.shape == (1, 5, 2, 8)
+    if NEWEST:  # before, Llama itself does not run there
+        assert hf.check(tiny("llama", "aftermax-lssar").to("meta")).ok
+
+
+def test_a_long_mask_is_looked_at_in_blocks():
+    """... and not as a matrix of distances, eight bytes each."""
+    mask = torch.ones(1, 1, 1000, 1000, dtype=torch.bool).tril()
+    mask[..., :3] = False
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        said = visible_of(mask, 1000, 1000, causal=True)
+    assert said.causal
+    assert said.mask is not None
+    assert said.mask.shape == (1, 1, 1, 1000)
+    largest = max(event.cpu_memory_usage for event in profiled.events())
+    assert largest < 2 * mask.nbytes
+    wrong = mask.clone()
+    wrong[0, 0, 700, 800] = True
+    assert visible_of(wrong, 1000, 1000, causal=True).mask is wrong

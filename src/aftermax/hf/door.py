@@ -239,7 +239,7 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In autocast's dtype, as PyTorch's own attention has them: rotary positions, or a norm, may
     have made float32 of queries and keys, and not of values."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     half = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(half) for x in tensors)
