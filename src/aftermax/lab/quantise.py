@@ -81,7 +81,8 @@ def integer_weights(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """
     ao, whole, top = torchao(), tuple(weight.shape), 2 ** (bits - 1) - 1
     scale, zero = ao.choose(weight, ao.mapping.SYMMETRIC, whole, torch.int8, -top, top)
-    return ao.quantize(weight, whole, scale, zero, torch.int8, -top, top), scale
+    integers = ao.quantize(weight, whole, scale, zero, torch.int8, -top, top)
+    return integers, scale.reshape(())  # which is (1,) or () by torchao's way through its code
 
 
 class Grid(nn.Module):
