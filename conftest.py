@@ -1,4 +1,4 @@
-"""The code of the README, and of the page on serving, runs as a test."""
+"""The code of the README, and of the pages on serving and on Hugging Face, runs as a test."""
 
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
