@@ -11,8 +11,8 @@ from aftermax.lab.page import (
     Cell,
     Page,
     Tables,
-    bold_if_best,
     cost_row,
+    mean_alone,
     shared_settings,
     table,
 )
@@ -87,7 +87,7 @@ def terminal_table(results: Results) -> Table:
     places = [SHOWN.index(name) for name in names]
     for arm, (_, *cells) in zip(results.arms, rows, strict=True):
         ratio = results.cost(arm.name, "speed_ratio")
-        found = [bold_if_best(Cell(cells[i].text.split(" ±")[0], cells[i].best)) for i in places]
+        found = [mean_alone(cells[i]) for i in places]
         shown.add_row(arm.name, *found, "–" if ratio is None else f"{ratio:.2f}")
     return shown
 

@@ -12,8 +12,8 @@ from aftermax.lab.outliers_work import MODELS
 from aftermax.lab.page import (
     Page,
     Tables,
-    bold_if_best,
     cost_row,
+    mean_alone,
     shared_settings,
     table,
     transformer_settings,
@@ -159,8 +159,7 @@ def terminal_table(results: Results) -> Group:
             best=min,
         )  # fmt: skip
         for arm, (_, *cells) in zip(own.arms, rows, strict=True):
-            short = [dataclasses.replace(cell, text=cell.text.split(" ±")[0]) for cell in cells]
-            at_the_end.add_row(arm.name, *map(bold_if_best, short))
+            at_the_end.add_row(arm.name, *map(mean_alone, cells))
         shown.append(at_the_end)
     return Group(*shown)
 

@@ -115,6 +115,11 @@ def bold_if_best(cell: Cell) -> str:
     return f"[bold]{cell.text}[/bold]" if cell.best else cell.text
 
 
+def mean_alone(cell: Cell) -> str:
+    """For the terminal too, whose 80 columns hold no spread."""
+    return bold_if_best(Cell(cell.text.split(" ±")[0], cell.best))
+
+
 def shared_settings(results: Results) -> dict[str, str]:
     """Lines that every task has."""
     work, machine = results.work, results.machine

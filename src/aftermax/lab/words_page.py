@@ -10,8 +10,8 @@ from aftermax.lab.page import (
     Cell,
     Page,
     Tables,
-    bold_if_best,
     cost_row,
+    mean_alone,
     shared_settings,
     table,
 )
@@ -99,13 +99,8 @@ def terminal_table(results: Results) -> Table:
     _, rows = tables(results)["Words not among the first k guesses (% of held-out words)"]
     for arm, (_, *cells) in zip(results.arms, rows, strict=True):
         ratio = results.cost(arm.name, "speed_ratio")
-        shown.add_row(arm.name, *map(_short, cells), "–" if ratio is None else f"{ratio:.1f}")
+        shown.add_row(arm.name, *map(mean_alone, cells), "–" if ratio is None else f"{ratio:.1f}")
     return shown
-
-
-def _short(cell: Cell) -> str:
-    """The mean alone: 80 columns hold no spread."""
-    return bold_if_best(Cell(cell.text.split(" ±")[0], cell.best))
 
 
 PAGE = Page(
