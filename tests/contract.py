@@ -28,6 +28,7 @@ from aftermax import Entry, RowMap, Visible
 from aftermax.linear import Separable
 
 from .attention_cases import assert_right
+from .cache_laws import CACHE_LAWS
 from .cases import (
     EXACT,
     F64,
@@ -504,6 +505,7 @@ LAWS: dict[str, Callable[[Entry], None]] = {
     "prefix": law_prefix,
     "cached_decode": law_cached_decode,
     "cached_padding": law_cached_padding,
+    **CACHE_LAWS,
     "walks": law_walks,
     "batch_mates": law_batch_mates,
     "key_order": law_key_order,

@@ -3,6 +3,9 @@
 # query, key, value -> out
 from aftermax.attention import attention, attention_weights, explain
 
+# one cache for all of them
+from aftermax.cache import Cache, OfSystem
+
 # what there is
 from aftermax.catalogue import CATALOGUE, Entry, find
 
@@ -94,6 +97,7 @@ __all__ = [
     "SOFT",
     "ALiBi",
     "Attention",
+    "Cache",
     "ClippedSoftmax",
     "CosFormer",
     "CosineSoftmax",
@@ -115,6 +119,7 @@ __all__ = [
     "Normalised",
     "NormalisedAttention",
     "NormalisedClippedSoftmax",
+    "OfSystem",
     "ReLA",
     "ReLUPower",
     "RoPE",

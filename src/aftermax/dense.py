@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from aftermax.attention import attention
 from aftermax.call import check_weights
+from aftermax.state import bytes_of, check_meeting, rows_of
 from aftermax.visible import Visible, check_tokens
 from aftermax.weights.row_map import RowMap
 
@@ -43,6 +44,10 @@ class System(Protocol):
         """
         ...
 
+    # A system may have besides: `can_truncate` and `can_merge` (see `aftermax.cache`), False where
+    # it does not say; and where it can, `merge(first, second)`: the state after both pieces, of
+    # which the second was read from `init_state(..., start=first.length)`.
+
 
 @dataclass(frozen=True)
 class KeyValues:
@@ -51,11 +56,13 @@ class KeyValues:
     key: Tensor  # (B, Hkv, T, D), positions already applied
     value: Tensor  # (B, Hkv, T, Dv)
     seen: Tensor  # bool (B, T)
+    start: int = 0
+    """Position of the first token held."""
 
     @property
     def length(self) -> int:
-        """Tokens held, padding included: the position of the next token."""
-        return self.key.shape[-2]
+        """Tokens so far, padding included: the position of the next token."""
+        return self.start + self.key.shape[-2]
 
     @property
     def count(self) -> Tensor:
@@ -64,7 +71,20 @@ class KeyValues:
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.key, self.value, self.seen))
+        return bytes_of(self)
+
+    def reorder(self, index: Tensor) -> KeyValues:
+        return rows_of(self, index)
+
+    def truncate(self, length: int) -> KeyValues:
+        """The first `length` tokens alone."""
+        if not self.start <= length <= self.length:
+            raise ValueError(
+                f"asked for the first {length} tokens, and {self.start} to {self.length} are held"
+            )
+        held = length - self.start
+        key, value = self.key[..., :held, :], self.value[..., :held, :]
+        return KeyValues(key, value, self.seen[:, :held], self.start)
 
     def append(self, key: Tensor, value: Tensor, seen: Tensor | None) -> KeyValues:
         tokens = (key.shape[0], key.shape[-2])
@@ -75,6 +95,7 @@ class KeyValues:
             torch.cat([self.key, key], -2),
             torch.cat([self.value, value], -2),
             torch.cat([self.seen, seen], -1),
+            self.start,
         )
 
 
@@ -93,6 +114,9 @@ class Dense:
 
     weights: RowMap
 
+    can_truncate: ClassVar[bool] = True
+    can_merge: ClassVar[bool] = True
+
     def learned(self, heads: int, key_dim: int, value_dim: int) -> dict[str, Tensor]:
         return self.weights.learned(heads, value_dim)
 
@@ -100,12 +124,20 @@ class Dense:
         return attention(query, key, value, weights=self.weights, attn_mask=visible, **options)
 
     def init_state(
-        self, batch: int, kv_heads: int, key_dim: int, value_dim: int, **factory
+        self,
+        batch: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        start: int = 0,
+        **factory,
     ) -> KeyValues:
         return KeyValues(
             torch.empty(batch, kv_heads, 0, key_dim, **factory),
             torch.empty(batch, kv_heads, 0, value_dim, **factory),
             torch.empty(batch, 0, dtype=torch.bool, device=factory.get("device")),
+            start,
         )
 
     def step(self, query, key, value, state: KeyValues, visible: Visible, seen=None, **options):
@@ -114,8 +146,13 @@ class Dense:
                 "step takes what later queries may see as `seen` (B, T), not as a mask"
             )
         held = state.append(key, value, seen)
-        visible = dataclasses.replace(visible, offset=state.length, mask=held.seen[:, None, None])
+        before = state.key.shape[-2]
+        visible = dataclasses.replace(visible, offset=before, mask=held.seen[:, None, None])
         return self.attend(query, held.key, held.value, visible, **options), held
+
+    def merge(self, first: KeyValues, second: KeyValues) -> KeyValues:
+        check_meeting(first, second.start)
+        return first.append(second.key, second.value, second.seen)
 
 
 def as_system(weights: RowMap | System) -> System:

@@ -56,6 +56,9 @@ class Entry:
     """False where the formula has no causal form: a causal call then raises."""
     positions: str = ""
     """The position encoding that belongs to the formula; "" where any may stand before it."""
+    module: Callable[..., Any] | None = None
+    """Its paper's attention for text, a class that is called as `aftermax.Attention`; None where
+    that is `Attention` with the system in it."""
     image_module: Callable[..., Any] | None = None
     """Its paper's attention for images, a class that is called with (width, heads=, grid=); None
     where that is `aftermax.Attention` with the system in it."""

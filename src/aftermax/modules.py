@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -123,8 +124,18 @@ class Attention(nn.Module):
         )
         return self._join(self.finish(out, x))
 
-    def init_state(self, batch: int) -> object:
-        """The state before the first token, for `step`."""
+    @property
+    def can_truncate(self) -> bool:
+        """Whether `aftermax.Cache` may take tokens back."""
+        return getattr(self.system, "can_truncate", False)
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether two pieces of a sequence that were read apart can be joined."""
+        return getattr(self.system, "can_merge", False)
+
+    def init_state(self, batch: int, start: int = 0) -> Any:
+        """The state before the first token, which stands at position `start`, for `step`."""
         weight = self.to_key.weight
         return self.system.init_state(
             batch,
@@ -133,7 +144,13 @@ class Attention(nn.Module):
             self.head_dim,
             device=weight.device,
             dtype=weight.dtype,
+            **({"start": start} if start else {}),
         )
+
+    def merge(self, first: Any, second: Any) -> Any:
+        """The state after two pieces, of which the second was read from
+        `init_state(batch, start=first.length)`."""
+        return self.system.merge(first, second)  # type: ignore[attr-defined]
 
     def step(self, x: Tensor, state, seen: Tensor | None = None) -> tuple[Tensor, object]:
         """The next tokens (B, T, width), one or many, after what `state` holds.

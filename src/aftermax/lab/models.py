@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aftermax.cache import can_all
 from aftermax.lab.outliers_work import OutliersWork
 from aftermax.lab.vision_work import VisionWork
 from aftermax.lab.work import Arm, Work
@@ -85,7 +86,7 @@ class DecoderLM(nn.Module):
             "causal": self.causal,
             "qk_norm": arm.qk_norm,
         }
-        plain = Attention(work.width, work.heads, **options)
+        plain = (arm.entry.module or Attention)(work.width, work.heads, **options)
         if not arm.gated:
             return plain
         with torch.random.fork_rng([]):  # what is drawn after it is the same with a gate
@@ -113,9 +114,16 @@ class DecoderLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embed.weight)
 
-    def init_state(self, batch: int) -> list:
+    @property
+    def can_truncate(self) -> bool:
+        return can_all(self.attentions, "can_truncate")
+
+    can_merge: ClassVar[bool] = False
+    """What a layer above the first reads of a later piece has seen the earlier one."""
+
+    def init_state(self, batch: int, start: int = 0) -> list:
         """The state before the first token: one for each layer."""
-        return [attend.init_state(batch) for attend in self.attentions]
+        return [attend.init_state(batch, start) for attend in self.attentions]
 
     def step(self, tokens: Tensor, state: list) -> tuple[Tensor, list]:
         """The next tokens (B, T): their hidden vectors, and the new state."""

@@ -327,6 +327,8 @@ def arm(name: str, work: AttentionWork) -> Arm:
     places = [t for t in traits if t in POSITIONS]
     if len(places) > 1:
         raise ValueError(f"{name} names {len(places)} position encodings; give one")
+    if entry.module is not None and "gated" in traits:
+        raise ValueError(f"{name}: {entry.name} has a module of its own, which has no gate to add")
     if {"bare", "qk-norm"} <= set(traits):
         raise ValueError(f"{name} asks for QK-norm and for none; give one of bare and qk-norm")
     return Arm(

@@ -90,6 +90,10 @@ class CosFormer(Separable):
     def finish(self, out, total, **learned: Tensor) -> Tensor:
         return divided(out, total, FLOOR)
 
+    @property
+    def can_merge(self) -> bool:
+        return self.horizon != "length"
+
     def step(self, query, key, value, state: LinearState, visible, seen=None, **options):
         if self.horizon == "length":
             raise ValueError("cosFormer needs a fixed horizon to go on from a state, got 'length'")

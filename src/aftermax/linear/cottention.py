@@ -53,6 +53,10 @@ class Cottention(Separable):
     def learned(self, heads: int, key_dim: int, value_dim: int) -> dict[str, Tensor]:
         return {"m": torch.full((heads,), 0.5)}
 
+    @property
+    def count_enters_sums(self) -> bool:
+        return self.scale_side == "value"
+
     def separate(self, query, key, value, places: Places, scale, **learned: Tensor) -> Separated:
         query, key = cosine(query), cosine(key)
         if scale is not None:

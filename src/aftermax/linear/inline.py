@@ -22,7 +22,7 @@ so far.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -33,6 +33,7 @@ from aftermax.entry import Entry, Laws
 from aftermax.linear.elu import EXCEPTIONS
 from aftermax.linear.separable import LinearState, Places, Separable, Separated, wide
 from aftermax.scores import inv_sqrt_dim
+from aftermax.state import bytes_of, rows_of
 from aftermax.visible import Visible
 
 KERNELS = {
@@ -94,6 +95,13 @@ class InLineState:
     @property
     def length(self) -> int:
         return self.system.length
+
+    @property
+    def bytes(self) -> int:
+        return self.system.bytes + bytes_of(self)
+
+    def reorder(self, index: Tensor) -> InLineState:
+        return replace(rows_of(self, index), system=self.system.reorder(index))
 
 
 class InLineAttention(nn.Module):
@@ -170,15 +178,21 @@ class InLineAttention(nn.Module):
         residual = self._on_grid(of_grid, self.to_weights(x.mean(1)[..., None]))
         return self.to_out(out + F.pad(residual, (0, 0, self.leading, 0)))
 
-    def init_state(self, batch: int) -> InLineState:
-        """The state before the first token."""
+    can_truncate: ClassVar[bool] = False
+
+    @property
+    def can_merge(self) -> bool:
+        return self.causal
+
+    def init_state(self, batch: int, start: int = 0) -> InLineState:
+        """The state before the first token, which stands at `start`."""
         if not self.causal:
             raise ValueError("InLineAttention on a grid has no state: it sees all tokens at once")
         weight = self.to_out.weight
         width, factory = weight.shape[0], {"device": weight.device, "dtype": weight.dtype}
         head = width // self.heads
         return InLineState(
-            self.system.init_state(batch, self.heads, head, head, **factory),
+            self.system.init_state(batch, self.heads, head, head, start=start, **factory),
             torch.zeros(batch, self.weights - 1, width, **factory),
             torch.zeros(batch, width, device=weight.device, dtype=wide(weight.dtype)),
         )
@@ -203,6 +217,14 @@ class InLineAttention(nn.Module):
         out = self.to_out(_joined(out) + (weights * near).sum(2))
         last = values[:, values.shape[1] - (self.weights - 1) :]
         return out, InLineState(system, last, sums[:, -1])
+
+    def merge(self, first: InLineState, second: InLineState) -> InLineState:
+        """The state after two pieces, of which the second was read from `start=first.length`."""
+        system = self.system.merge(first.system, second.system)
+        new = min(second.length - second.system.start, self.weights - 1)
+        kept = second.values.shape[1] - new  # what stands there was none of its own
+        values = torch.cat([first.values[:, new:], second.values[:, kept:]], 1)
+        return InLineState(system, values, first.tokens + second.tokens)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.to_query_key_value(x).chunk(3, -1)

@@ -13,6 +13,7 @@ input too, but of rank one less than the width of the head allows; this form of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -87,12 +88,20 @@ class NormalisedAttention(nn.Module):
         """(B, T, width) -> (B, T, width); `seen`, bool (B, T), is False for padding."""
         return self.step(x, self.init_state(x.shape[0]), seen)[0]
 
-    def init_state(self, batch: int) -> LinearState:
-        """The state before the first token."""
+    can_truncate: ClassVar[bool] = False
+    can_merge: ClassVar[bool] = True
+
+    def init_state(self, batch: int, start: int = 0) -> LinearState:
+        """The state before the first token, which stands at `start`."""
         weight = self.to_out.weight
         factory = {"device": weight.device, "dtype": weight.dtype}
         value_dim = weight.shape[0] // self.heads
-        return self.system.init_state(batch, self.heads, self.key_dim, value_dim, **factory)
+        shape = (batch, self.heads, self.key_dim, value_dim)
+        return self.system.init_state(*shape, start=start, **factory)
+
+    def merge(self, first: LinearState, second: LinearState) -> LinearState:
+        """The state after two pieces, as the system's."""
+        return self.system.merge(first, second)
 
     def step(self, x: Tensor, state: LinearState, seen: Tensor | None = None):
         """The next tokens, one or many: (out, new state)."""

@@ -18,6 +18,7 @@ from aftermax.blocks import no_autocast
 from aftermax.call import check_inputs, complete
 from aftermax.linear.walk import both_ways, check_way, in_parallel, repeated, walk, why_not_cpu
 from aftermax.reference import onnx_export, transformed
+from aftermax.state import bytes_of, check_meeting, rows_of
 from aftermax.visible import Visible, check_tokens
 
 SEE_DIFFERENTLY = "the visible keys differ from query to query"
@@ -36,10 +37,15 @@ class LinearState:
     flawed: Tensor  # bool (B, Hkv), whether one of them was not finite
     length: int
     """Tokens so far, padding included: the position of the next token."""
+    start: int = 0
+    """Position of the first of them."""
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.sums, self.count, self.flawed))
+        return bytes_of(self)
+
+    def reorder(self, index: Tensor) -> LinearState:
+        return rows_of(self, index)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,12 @@ class Separable:
     """Whether there is a rate."""
     mixes_heads: ClassVar[bool] = False
     """Whether `finish` lets the heads of a token meet."""
+    can_truncate: ClassVar[bool] = False
+
+    @property
+    def can_merge(self) -> bool:
+        """Sums add up; see `merge`."""
+        return True
 
     # ---- what a paper says ----
 
@@ -133,6 +145,10 @@ class Separable:
     def key_features(self, key: Tensor) -> Tensor:
         """The keys that `Places.key_sums` adds up."""
         return key
+
+    def rates(self, heads: int) -> Tensor | None:
+        """(H,): g = e^-rate, where the system `decays`."""
+        return None
 
     def finish(self, out: Tensor, total: Tensor | None, **learned: Tensor) -> Tensor:
         """What follows the sum: (B, H, T, Dv) and (B, H, T) -> (B, H, T, Dv)."""
@@ -187,17 +203,29 @@ class Separable:
         return out.to(query.dtype)
 
     def init_state(
-        self, batch: int, kv_heads: int, key_dim: int, value_dim: int, **factory
+        self,
+        batch: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        start: int = 0,
+        **factory,
     ) -> LinearState:
-        """The state before the first token: zeros, in float32 or better."""
+        """The state before the first token, which stands at `start`: zeros, in float32 or better.
+
+        Where `start` is not 0 the tokens before it count as seen, in formulas that ask how many
+        there were.
+        """
         dtype = wide(factory.get("dtype") or torch.get_default_dtype())
         device = factory.get("device")
         features, values = self.state_shape(key_dim, value_dim)
         return LinearState(
             torch.zeros(batch, kv_heads, features, values, dtype=dtype, device=device),
-            torch.zeros(batch, dtype=torch.int64, device=device),
+            torch.full((batch,), start, dtype=torch.int64, device=device),
             torch.zeros(batch, kv_heads, dtype=torch.bool, device=device),
-            0,
+            start,
+            start,
         )
 
     def step(
@@ -246,6 +274,36 @@ class Separable:
             out, state = self._walk(call, state)
         return out.to(query.dtype), state
 
+    def merge(self, first: LinearState, second: LinearState) -> LinearState:
+        """The state after two pieces, of which the second was read from a state that began at
+        `start=first.length`: g^m S_1 + S_2, m tokens in the second.
+
+        Raises:
+            ValueError: where the pieces do not meet, and where the first one held padding and the
+                formula puts the number of tokens before it into each value.
+        """
+        check_meeting(first, second.start)
+        if not self.can_merge:
+            raise ValueError(f"{self._name} cannot join two pieces read apart")
+        if self.count_enters_sums and not bool((first.count == first.length).all()):
+            raise ValueError(
+                f"{self._name} divides a value by the number of tokens that its own token sees, and"
+                " the second piece was not told that the first one held padding"
+            )
+        before, after = _alike(first.sums, second.sums)
+        rates = self.rates(before.shape[1])
+        if rates is not None:
+            kept = torch.exp(-rates * (second.length - second.start)).to(before)
+            before = before * kept[:, None, None]
+        flawed, later_flawed = _alike(first.flawed, second.flawed)
+        return LinearState(
+            before + after,
+            first.count + (second.count - second.start),
+            flawed | later_flawed,
+            second.length,
+            first.start,
+        )
+
     def explain(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> str:
         """Which way `attend` goes for these tensors, and if it is not the kernel, why.
 
@@ -269,6 +327,11 @@ class Separable:
     @property
     def _name(self) -> str:
         return type(self).__name__
+
+    @property
+    def count_enters_sums(self) -> bool:
+        """Whether a value or a key is scaled by how many tokens stand before it."""
+        return False
 
     def _checked(
         self, query, key, value, visible, scale, enable_gqa, dropout_p, impl, form, learned
@@ -335,6 +398,7 @@ class Separable:
             state.count + number.sum(-1).expand(state.count.shape[0], -1).amax(1),
             flaws[..., -1] if tokens else state.flawed,
             state.length + tokens,
+            state.start,
         )
         return self._poison(out, poisoned), new
 
@@ -467,6 +531,12 @@ def _filled(x: Tensor, where: Tensor, by: float = 0) -> Tensor:
 def _heads(x: Tensor, like: Tensor) -> Tensor:
     """x with as many heads as `like`, each head for its group."""
     return repeated(x, like.shape[1] // x.shape[1])
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with as many heads as the one that has more."""
+    heads = max(one.shape[1], other.shape[1])
+    return repeated(one, heads // one.shape[1]), repeated(other, heads // other.shape[1])
 
 
 @torch.no_grad()

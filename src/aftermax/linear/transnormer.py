@@ -134,8 +134,11 @@ class TransNormer(Separable):
             theta = learned["theta"].double()[:, None]
             query = _turned(query, theta, places.query)
             key = _turned(key, theta, places.key)
-        rates = decay_rates(heads, self.layer, self.layers, self.decay).to(query)
+        rates = self.rates(heads).to(query)
         return Separated(query if scale is None else scale * query, key, value, rates)
+
+    def rates(self, heads: int) -> Tensor:
+        return decay_rates(heads, self.layer, self.layers, self.decay)
 
     def finish(self, out, total, **learned: Tensor) -> Tensor:
         return srms_norm(out, (1, 3))
@@ -175,12 +178,15 @@ class GatedLinearAttention(nn.Module):
         out = self.system.attend(query, key, value, visible, **self.learned)
         return self._join(out, gate)
 
-    def init_state(self, batch: int) -> LinearState:
+    def init_state(self, batch: int, start: int = 0) -> LinearState:
         weight = self.to_out.weight
         width = weight.shape[0] // self.heads
         return self.system.init_state(
-            batch, self.heads, width, width, device=weight.device, dtype=weight.dtype
+            batch, self.heads, width, width, start=start, device=weight.device, dtype=weight.dtype
         )
+
+    def merge(self, first: LinearState, second: LinearState) -> LinearState:
+        return self.system.merge(first, second)
 
     def step(self, x: Tensor, state: LinearState, seen: Tensor | None = None):
         query, key, value, gate = self._project(x)
@@ -254,9 +260,16 @@ class TransNormerBlock(nn.Module):
         x = x + self.attend(srms_norm(x), seen)
         return x + self.feed(srms_norm(x))
 
-    def init_state(self, batch: int) -> LinearState:
-        """The state before the first token."""
-        return self.attend.init_state(batch)
+    can_truncate: ClassVar[bool] = False
+    can_merge: ClassVar[bool] = True
+
+    def init_state(self, batch: int, start: int = 0) -> LinearState:
+        """The state before the first token, which stands at `start`."""
+        return self.attend.init_state(batch, start)
+
+    def merge(self, first: LinearState, second: LinearState) -> LinearState:
+        """The state after two pieces of one layer, as `TransNormer.merge`."""
+        return self.attend.merge(first, second)
 
     def step(self, x: Tensor, state: LinearState, seen: Tensor | None = None):
         """The next tokens, one or many: (out, new state)."""

@@ -467,14 +467,22 @@ def small_image_attention(
     return SOFTAttention(width, heads, grid=grid, landmarks=landmarks, normalised=normalised)
 
 
+_CACHED = (
+    "cached_decode",
+    "cached_padding",
+    "cache_steps",
+    "cache_rollback",
+    "cache_rows",
+    "cache_merge",
+)
+
 _EXCEPTIONS = {
     "masks": "landmarks are pooled once for all queries, which must see the same keys",
     "biases": "its kernel is no function of scores that a term could be added to",
     "mask_gradients": "its kernel is no function of scores that a term could be added to",
     "later_keys": "it has no causal form: landmarks mix all positions",
     "prefix": "it has no causal form: landmarks mix all positions",
-    "cached_decode": "it has no causal form, hence nothing to decode with",
-    "cached_padding": "it has no causal form, hence nothing to decode with",
+    **dict.fromkeys(_CACHED, "it has no causal form, hence nothing to decode with"),
     "key_order": "beyond 49 keys the landmarks are means of neighbours",
     "length_aware": "no term added to a score could push a key away",
 }
