@@ -317,13 +317,13 @@ def law_key_order(entry: Entry) -> None:
 
 
 def law_head_independence(entry: Entry) -> None:
-    """8. A head never depends on another: it alone, with its share of what is learned, gives what
-    it gives among the others."""
+    """8. A head never depends on another: it alone, with its share of what is learned for each,
+    gives what it gives among the others."""
     case = case_of(entry)
     out = case.attend(entry, natural(entry))
     for h in range(4):
         query, key, value = (x[:, h : h + 1] for x in case[:3])
-        learned = {name: x[h : h + 1] for name, x in case.learned.items()}
+        learned = {name: x[h : h + 1] if len(x) == 4 else x for name, x in case.learned.items()}
         alone = Case(query, key, value, learned).attend(entry, natural(entry))
         assert_close(alone, out[:, h : h + 1], **EXACT)
 

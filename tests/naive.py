@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .naive_sparsek import sparsek
+
 
 class Row(NamedTuple):
     """One query and the N keys that it sees."""
@@ -343,6 +345,7 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
     "transnormer-lrpe": dense(transnormer_lrpe, srms_norm),
     "inline": dense(inline),
     "normalised": dense(normalised),
+    "sparsek": sparsek(16, 16),
     "soft": soft(normalised=False),
     "soft-norm": soft(normalised=True),
 }

@@ -66,6 +66,10 @@ from aftermax.positions import ALiBi, NoPositions, RoPE
 # over one dimension of anything
 from aftermax.rows import log_softmax, logsumexp, softmax
 
+# the keys that are worth it
+from aftermax.sparse import SparseK, SparseKState, Threshold
+from aftermax.sparse.operator import sparsek
+
 # which release this is
 from aftermax.version import __version__
 
@@ -130,8 +134,11 @@ __all__ = [
     "Softmax",
     "SoftmaxOne",
     "SoftmaxSink",
+    "SparseK",
+    "SparseKState",
     "SquaredErrorLoss",
     "System",
+    "Threshold",
     "TransNormer",
     "TransNormerBlock",
     "Visible",
@@ -163,6 +170,7 @@ __all__ = [
     "soft_topk",
     "soft_topk_loss",
     "softmax",
+    "sparsek",
     "squared_error_loss",
     "z_score_loss",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aftermax.entry import Entry
 from aftermax.linear import cosformer, cottention, elu, inline, normalised, transnormer
 from aftermax.lowrank import soft
+from aftermax.sparse import sparsek
 from aftermax.weights import clipped, rela, sigmoid, softmax, softplus
 
 CATALOGUE: tuple[Entry, ...] = (
@@ -31,6 +32,7 @@ CATALOGUE: tuple[Entry, ...] = (
     transnormer.LRPE,
     inline.ENTRY,
     normalised.ENTRY,
+    sparsek.ENTRY,
     soft.ENTRY,
     soft.NORMALISED,
 )

@@ -243,6 +243,41 @@ typedef struct {
   float* grad_of_state;  // of the state before
 } am_walk_backward;
 
+// ---- selection ---------------------------------------------------------------------------------
+
+// For each row of scores, `carried` of them and then one for each query: the threshold tau of the projection onto
+// { 0 <= p <= 1, sum p = k } of all scores up to that query, how many p lie between 0 and 1, and the query at which each
+// score is no longer one of the ones, of the `top` largest (among equals the later ones), of p > 0. A score of -inf or NaN
+// is none. Not more than `cap` scores are kept (0: as many as there are); `capped` tells that it was so.
+typedef struct {
+  int64_t rows, items, carried, top, cap;
+  double k;
+  const double* scores;  // (rows, items)
+  double* tau;           // (rows, items - carried)
+  int64_t* fractions;    // the same
+  int64_t *leaves_ones, *leaves_top, *leaves_support;  // (rows, items)
+  int64_t* capped;       // (rows,)
+} am_thresholds;
+
+typedef struct {
+  int64_t rows, items, carried;
+  const double* grad;  // of tau
+  const int64_t *fractions, *leaves_ones, *leaves_support;
+  double* out;  // of the scores
+} am_thresholds_backward;
+
+// For each block of queries the items that stand in one of them, [start, stop) each, in order; -1 behind them.
+typedef struct {
+  int64_t rows, items, block, blocks, width;
+  const int64_t *start, *stop;  // (rows, items)
+  int64_t* out;                 // (rows, blocks, width)
+} am_spans;
+
+// These have no vectors, and one body. They return 0, 1 where scratch memory could not be had, 2 where an item has no place.
+int am_run_thresholds(const am_thresholds*, am_parallel);
+int am_run_thresholds_backward(const am_thresholds_backward*);
+int am_run_spans(const am_spans*);
+
 // Returns 0, or 1 where scratch memory could not be had (then the result is worth nothing).
 typedef struct {
   const char* name;

@@ -806,6 +806,92 @@ void linear_walk_backward(Value* stack, uint64_t, uint64_t) {
   stack[3] = of_state.release();
 }
 
+// ---- selection ---------------------------------------------------------------------------------
+
+const int64_t* integers(const Tensor& t, int64_t rows, int64_t each) {
+  if (t.dim != 2 || t.sizes[0] != rows || t.sizes[1] != each || !t.contiguous() || !t.is(torch.aoti_torch_dtype_int64()))
+    fail("int64 (rows, items), contiguous, is what was to come");
+  return (const int64_t*)t.data;
+}
+const double* doubles(const Tensor& t) {
+  if (t.dim != 2 || !t.contiguous() || !t.is(torch.aoti_torch_dtype_float64()))
+    fail("float64 (rows, items), contiguous, is what was to come");
+  return (const double*)t.data;
+}
+
+// (scores, k, top, carried, cap) -> tau, fractions, leaves_ones, leaves_top, leaves_support, capped
+void thresholds(Value* stack, uint64_t, uint64_t) {
+  Tensor scores(stack[0]);
+  am_thresholds a;
+  memset(&a, 0, sizeof a);
+  a.scores = doubles(scores);
+  a.rows = scores.sizes[0];
+  a.items = scores.sizes[1];
+  a.k = real(stack[1]);
+  a.top = integer(stack[2]);
+  a.carried = integer(stack[3]);
+  a.cap = integer(stack[4]);
+  if (!(a.k > 0) || a.top < 1 || a.carried < 0 || a.carried > a.items) fail("no such selection");
+  const int64_t of_queries[] = {a.rows, a.items - a.carried}, of_items[] = {a.rows, a.items}, of_rows[] = {a.rows};
+  int32_t whole = torch.aoti_torch_dtype_int64();
+  Tensor tau = empty(2, of_queries, scores.dtype), fractions = empty(2, of_queries, whole);
+  Tensor ones = empty(2, of_items, whole), top = empty(2, of_items, whole), support = empty(2, of_items, whole);
+  Tensor capped = empty(1, of_rows, whole);
+  a.tau = (double*)tau.data;
+  a.fractions = (int64_t*)fractions.data;
+  a.leaves_ones = (int64_t*)ones.data;
+  a.leaves_top = (int64_t*)top.data;
+  a.leaves_support = (int64_t*)support.data;
+  a.capped = (int64_t*)capped.data;
+  ran(am_run_thresholds(&a, threads()));
+  stack[0] = tau.release();
+  stack[1] = fractions.release();
+  stack[2] = ones.release();
+  stack[3] = top.release();
+  stack[4] = support.release();
+  stack[5] = capped.release();
+}
+
+// (grad, fractions, leaves_ones, leaves_support, carried) -> grad of scores
+void thresholds_backward(Value* stack, uint64_t, uint64_t) {
+  Tensor grad(stack[0]), fractions(stack[1]), ones(stack[2]), support(stack[3]);
+  am_thresholds_backward a;
+  a.grad = doubles(grad);
+  a.rows = grad.sizes[0];
+  a.carried = integer(stack[4]);
+  a.items = grad.sizes[1] + a.carried;
+  a.fractions = integers(fractions, a.rows, grad.sizes[1]);
+  a.leaves_ones = integers(ones, a.rows, a.items);
+  a.leaves_support = integers(support, a.rows, a.items);
+  const int64_t of_items[] = {a.rows, a.items};
+  Tensor out = empty(2, of_items, grad.dtype);
+  a.out = (double*)out.data;
+  ran(am_run_thresholds_backward(&a));
+  stack[0] = out.release();
+}
+
+// (start, stop, block, blocks, width) -> items of each block
+void spans(Value* stack, uint64_t, uint64_t) {
+  Tensor start(stack[0]), stop(stack[1]);
+  am_spans a;
+  if (start.dim != 2) fail("start and stop are (rows, items)");
+  a.rows = start.sizes[0];
+  a.items = start.sizes[1];
+  a.start = integers(start, a.rows, a.items);
+  a.stop = integers(stop, a.rows, a.items);
+  a.block = integer(stack[2]);
+  a.blocks = integer(stack[3]);
+  a.width = integer(stack[4]);
+  if (a.block < 1 || a.blocks < 0 || a.width < 0) fail("no such blocks");
+  const int64_t sizes[] = {a.rows, a.blocks, a.width};
+  Tensor out = empty(3, sizes, start.dtype);
+  a.out = (int64_t*)out.data;
+  int failed = am_run_spans(&a);
+  if (failed == 2) fail("an item has no place in its block");
+  ran(failed);
+  stack[0] = out.release();
+}
+
 struct Op {
   const char* name;
   Boxed run;
@@ -830,6 +916,9 @@ const Op ops[] = {
     {"count_visible", count_visible},
     {"linear_walk", linear_walk},
     {"linear_walk_backward", linear_walk_backward},
+    {"thresholds", thresholds},
+    {"thresholds_backward", thresholds_backward},
+    {"spans", spans},
 };
 
 #if defined(__APPLE__)

@@ -1,0 +1,10 @@
+"""Sparse attention: each query sees some of the keys, those that a score picks.
+
+The operator `sparsek` is `aftermax.sparsek`; here that name is the file of the system.
+"""
+
+from aftermax.sparse.sparsek import SparseK
+from aftermax.sparse.state import SparseKState
+from aftermax.sparse.stream import Threshold
+
+__all__ = ["SparseK", "SparseKState", "Threshold"]
