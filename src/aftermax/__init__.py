@@ -67,7 +67,7 @@ from aftermax.positions import ALiBi, NoPositions, RoPE
 from aftermax.rows import log_softmax, logsumexp, softmax
 
 # the keys that are worth it
-from aftermax.sparse import SparseK, SparseKState, Threshold
+from aftermax.sparse import SparseK, SparseKAttention, SparseKState, Threshold
 from aftermax.sparse.operator import sparsek
 
 # which release this is
@@ -135,6 +135,7 @@ __all__ = [
     "SoftmaxOne",
     "SoftmaxSink",
     "SparseK",
+    "SparseKAttention",
     "SparseKState",
     "SquaredErrorLoss",
     "System",

@@ -120,7 +120,12 @@ class Attention(nn.Module):
         if isinstance(visible, Tensor):
             check_tokens("visible as a mask of tokens", visible, *x.shape[:2])
         out = self.system.attend(
-            query, key, value, self.what_is_visible(visible), **self._options()
+            query,
+            key,
+            value,
+            self.what_is_visible(visible),
+            **self._options(),
+            **self.of_tokens(x),
         )
         return self._join(self.finish(out, x))
 
@@ -165,7 +170,8 @@ class Attention(nn.Module):
             raise ValueError("step needs a causal module: a later token would change earlier rows")
         query, key, value = self.project(x, start=state.length)
         visible = self.what_is_visible(None)
-        out, state = self.system.step(query, key, value, state, visible, seen, **self._options())
+        options = self._options() | self.of_tokens(x)
+        out, state = self.system.step(query, key, value, state, visible, seen, **options)
         return self._join(self.finish(out, x)), state
 
     def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,6 +182,10 @@ class Attention(nn.Module):
         key = self.key_norm(self._split(self.to_key(x)))
         value = self._split(self.to_value(x))
         return self.positions.rotate(query, start), self.positions.rotate(key, start), value
+
+    def of_tokens(self, x: Tensor) -> dict[str, Tensor]:
+        """What the system is told of the tokens (B, T, width) beside query, key and value."""
+        return {}
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """What happens to the heads (B, H, T, D) of the input (B, T, width); here nothing."""

@@ -12,17 +12,19 @@ walk the chunk will do, the kernels among them:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from aftermax.attention import attention
 from aftermax.sparse.pairs import Couple, weigh
 from aftermax.sparse.stream import spans
 
-CHUNK = 128
+CHUNK = 256
 """Queries of a chunk; any number gives the same result."""
 
 GATHERED = 2**22
@@ -73,84 +75,148 @@ def _in_chunks(
     block = min(CHUNK, tokens)
     blocks = -(-tokens // block)
     pad = blocks * block - tokens
+    query = F.pad(query, (0, 0, 0, pad)).unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
+    tau = F.pad(items.tau, (0, pad)).view(rows * blocks, 1, block, 1)
     start = torch.cat([items.start, items.fades], 1)
     stop = torch.cat([items.fades, items.stop], 1)
     where = spans(start, stop, block, blocks).flatten(0, 1)  # (R * blocks, width)
-    query = torch.nn.functional.pad(query, (0, 0, 0, pad))
-    query = query.unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
-    tau = torch.nn.functional.pad(items.tau, (0, pad)).view(rows * blocks, 1, block, 1)
-    tensors = (items.key, items.value, items.score)
-    wants = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tau, *tensors))
-    each = where.shape[1] * 2 * (items.key.shape[-1] + items.value.shape[-1])
-    many = max(1, GATHERED // max(1, each))
-    out = []
-    for first in range(0, rows * blocks, many):
-        some = slice(first, first + many)
-        number = torch.arange(first, min(first + many, rows * blocks), device=query.device)
-        given = (query[some], tau[some], *tensors, where[some], start, stop, number)
-        options = (couple, scale, impl, blocks)
-        if wants and many < rows * blocks:
-            out.append(checkpoint(_some_chunks, *given, *options, use_reentrant=False))
-        else:
-            out.append(_some_chunks(*given, *options))
-    out = torch.cat(out) if len(out) > 1 else out[0]
+    given = (query, tau, items.key, items.value, items.score)
+    options = _Options(where, start, stop, blocks, couple, scale, impl)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        out = _Chunks.apply(*given, options)
+    else:
+        out = _through(*given, options)
     out = out.unflatten(0, (rows, blocks)).transpose(1, 2).flatten(2, 3)
     return out[:, :, :tokens]
 
 
-def _some_chunks(
+class _Options(NamedTuple):
+    """Which items stand in which chunk, C = R x blocks of them, and what is done with them."""
+
+    where: Tensor  # int64 (C, width), of 2 N: whole, then as fractions; -1 = nobody
+    start: Tensor  # int64 (R, 2 N)
+    stop: Tensor
+    blocks: int
+    couple: Couple
+    scale: float
+    impl: str | None
+
+    def groups(self, key: Tensor, value: Tensor) -> Iterator[slice]:
+        """Chunks whose keys and values are gathered at a time."""
+        chunks, width = self.where.shape
+        each = width * 2 * (key.shape[-1] + value.shape[-1])
+        many = max(1, GATHERED // max(1, each))
+        for first in range(0, chunks, many):
+            yield slice(first, min(first + many, chunks))
+
+    def met(self, some: slice, items: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some chunks: the items' places among all rows' (c, width), whether they are fractions
+        (c, width, 1), and which query sees which, bool (c, block, width)."""
+        where = self.where[some]
+        number = torch.arange(some.start, some.stop, device=where.device)[:, None]
+        row, place = number // self.blocks, where.clamp_min(0)
+        first = number % self.blocks * block
+        # within the block, in few bytes: these are the largest tensors here
+        at = torch.arange(block, dtype=torch.int16, device=where.device)[:, None]
+        begin, end = (
+            (x[row, place] - first).masked_fill(where < 0, 0).clamp(0, block).to(torch.int16)
+            for x in (self.start, self.stop)
+        )
+        there = (begin[:, None] <= at) & (at < end[:, None])
+        return row * items + place % items, (place >= items)[..., None], there
+
+
+def _through(
+    query: Tensor, tau: Tensor, key: Tensor, value: Tensor, score: Tensor, options: _Options
+) -> Tensor:
+    """(C, G, block, D) queries of the chunks -> (C, G, block, Dv), group after group."""
+    out = []
+    for some in options.groups(key, value):
+        flat, fraction, there = options.met(some, key.shape[1], query.shape[2])
+        k, v, u = (_gathered(x, flat) for x in (key, value, score[..., None]))
+        out.append(_one_group(query[some], tau[some], k, v, u, fraction, there, options))
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
+class _Chunks(torch.autograd.Function):
+    """`_through`, with a backward pass that gathers each group again and adds its gradients up in
+    place: autograd would keep all that was gathered, and make a tensor of all keys' gradients for
+    each group."""
+
+    @staticmethod
+    def forward(ctx, query, tau, key, value, score, options):
+        ctx.options = options
+        ctx.save_for_backward(query, tau, key, value, score)
+        return _through(query, tau, key, value, score, options)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        options = ctx.options
+        query, tau, key, value, score = given = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted: by autograd alone
+            wanted = [x for x, wants in zip(given, ctx.needs_input_grad, strict=False) if wants]
+            out = _through(query, tau, key, value, score, options)
+            again = torch.autograd.grad(out, wanted, grads[0], create_graph=True)
+            found = iter(again)
+            wants = ctx.needs_input_grad[:5]
+            return *(next(found) if want else None for want in wants), None
+        of = [torch.zeros_like(x) for x in (key, value, score[..., None])]
+        of_query, of_tau = torch.empty_like(query), torch.empty_like(tau)
+        for some in options.groups(key, value):
+            flat, fraction, there = options.met(some, key.shape[1], query.shape[2])
+            parts = [query[some], tau[some]]
+            parts += [_gathered(x, flat) for x in (key, value, score[..., None])]
+            with torch.enable_grad():
+                q, t, k, v, u = parts = [x.detach().requires_grad_() for x in parts]
+                out = _one_group(q, t, k, v, u, fraction, there, options)
+                found = torch.autograd.grad(out, parts, grads[0][some], allow_unused=True)
+            of_query[some], of_tau[some] = found[0], found[1]
+            for total, part in zip(of, found[2:], strict=True):
+                if part is not None:
+                    total.flatten(0, 1).index_add_(0, flat.flatten(), part.flatten(0, 1))
+        return of_query, of_tau, of[0], of[1], of[2][..., 0], None
+
+
+def _one_group(
     query: Tensor,
     tau: Tensor,
     key: Tensor,
     value: Tensor,
     score: Tensor,
-    where: Tensor,
-    start: Tensor,
-    stop: Tensor,
-    number: Tensor,
-    couple: Couple,
-    scale: float,
-    impl: str | None,
-    blocks: int,
+    fraction: Tensor,
+    there: Tensor,
+    options: _Options,
 ) -> Tensor:
-    """(C, G, block, D) queries of C chunks, whose numbers are given -> (C, G, block, Dv)."""
-    items, block = key.shape[1], query.shape[2]
-    row = (number // blocks)[:, None]
-    place = where.clamp_min(0)
-    first = (number % blocks * block)[:, None, None]
-    at = first + torch.arange(block, device=query.device)[:, None]
-    begin, end = start[row, place][:, None], stop[row, place][:, None]
-    there = (begin <= at) & (at < end) & (where >= 0)[:, None]  # (C, block, width)
-
-    fraction = (place >= items)[..., None]
-    flat = (row * items + place % items).flatten()
-    shape = where.shape
-    u = score.flatten().index_select(0, flat).view(*shape, 1)
-    k = key.flatten(0, 1).index_select(0, flat).view(*shape, -1)
-    v = value.flatten(0, 1).index_select(0, flat).view(*shape, -1)
+    """(c, G, block, D) queries, their (c, width, D) keys, (c, width, 1) scores -> the output."""
+    couple = options.couple
     if couple == "log":  # the weights of the fractions are summed with their values
-        v = torch.nn.functional.pad(v, (0, 1), value=1)
+        value = F.pad(value, (0, 1), value=1)
     if couple == "kv":
         query = torch.cat([query, -tau * query], -1)
-        k = _doubled(k, u, fraction)
-    v = _doubled(v, u, fraction)
+        key = _doubled(key, score, fraction)
     out = attention(
         query,
-        k[:, None],
-        v[:, None],
+        key[:, None],
+        _doubled(value, score, fraction)[:, None],
         attn_mask=there[:, None],
-        scale=scale,
+        scale=options.scale,
         enable_gqa=True,
-        impl=impl,
+        impl=options.impl,
     )
-    plain, fractions = out.chunk(2, -1)
-    out = plain - tau * fractions
+    whole, fractions = out.chunk(2, -1)
+    out = whole - tau * fractions
     if couple != "log":
         return out
     out, total = out[..., :-1], out[..., -1:]
     return out / total.masked_fill(total == 0, 1)
 
 
+def _gathered(x: Tensor, flat: Tensor) -> Tensor:
+    """(R, N, X) at places among R N, (c, width) -> (c, width, X)."""
+    return x.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, -1)
+
+
 def _doubled(x: Tensor, u: Tensor, fraction: Tensor) -> Tensor:
     """(x, 0), or (u x, x) where it is a fraction."""
-    return torch.cat([torch.where(fraction, u * x, x), torch.where(fraction, x, 0)], -1)
+    fraction = fraction.to(x.dtype)
+    return torch.cat([x * (1 + fraction * (u - 1)), x * fraction], -1)

@@ -25,11 +25,11 @@ decided here:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from aftermax import blocks
 from aftermax.attention import IMPLS
@@ -38,6 +38,7 @@ from aftermax.call import check_inputs, complete
 from aftermax.entry import Entry, Laws
 from aftermax.linear.separable import wide
 from aftermax.linear.walk import repeated, walk
+from aftermax.modules import Attention
 from aftermax.reference import onnx_export, transformed
 from aftermax.scores import inv_sqrt_dim
 from aftermax.sparse.chunks import selected
@@ -420,6 +421,70 @@ def features(x: Tensor) -> Tensor:
     return F.elu(x) + 1
 
 
+class SparseKAttention(Attention):
+    """`Attention` whose tokens are scored by a network that reads them: u_j = s_phi(x_j), one
+    number for each key head.
+
+    Args:
+        weights: the system with its k and window.
+        score: "linear", W x, or "mlp", W gelu(V x) of the tokens' width. How large the paper's
+            network is could not be read; no bias, as p is the same for u and u + c.
+
+    The others are those of `Attention`. At the start W is normal with deviation 1 / sqrt(width);
+    scores are normalised after it, unless the system says otherwise.
+
+    >>> import torch
+    >>> attend = SparseKAttention(32, heads=4, weights=SparseK(k=2, window=2))
+    >>> x = torch.randn(2, 9, 32)
+    >>> state = attend.init_state(2)
+    >>> first, state = attend.step(x[:, :5], state)
+    >>> rest, state = attend.step(x[:, 5:], state)
+    >>> torch.allclose(torch.cat([first, rest], 1), attend(x), atol=1e-5)
+    True
+    >>> state.slot_position.shape, int(state.slot_position.max()) < 7
+    (torch.Size([2, 4, 2]), True)
+    """
+
+    system: SparseK
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        weights: SparseK,
+        score: Literal["linear", "mlp"] = "linear",
+        **options: Any,
+    ):
+        if not isinstance(weights, SparseK):
+            raise TypeError(
+                f"SparseKAttention needs weights=SparseK(k=..., window=...), got {weights!r}"
+            )
+        super().__init__(width, heads, weights=weights, **options)
+        del self.learned["score_key"]  # the network has its place
+        factory = {name: options.get(name) for name in ("device", "dtype")}
+        if score == "linear":
+            self.score: nn.Module = nn.Linear(width, self.kv_heads, bias=False, **factory)
+        elif score == "mlp":
+            self.score = nn.Sequential(
+                nn.Linear(width, width, bias=False, **factory),
+                nn.GELU(),
+                nn.Linear(width, self.kv_heads, bias=False, **factory),
+            )
+        else:
+            raise ValueError(f"score must be 'linear' or 'mlp', got {score!r}")
+        for layer in self.score.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=width**-0.5)
+
+    def of_tokens(self, x: Tensor) -> dict[str, Tensor]:
+        return {"scores": self.scores(x)}
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(B, T, width) -> (B, Hkv, T), before they are normalised."""
+        return self.score(x).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class _Call:
     """A call, checked: in at least float32."""
@@ -475,5 +540,6 @@ ENTRY = Entry(
         "key_order": "which keys are near is a matter of their places",
         "length_aware": "a key that a large negative term pushes away keeps its place among the k",
     },
+    module=SparseKAttention,
     claim="Linear time, constant memory in generation, better than other sparse attention.",
 )

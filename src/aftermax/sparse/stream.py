@@ -30,8 +30,8 @@ class Threshold:
     What is kept are scores alone: those with p = 1 and those with 0 < p < 1.
 
     >>> threshold = Threshold(2)
-    >>> [threshold.push(score) for score in (3.0, 1.0, 0.9, -2.0)]
-    [2.0, 0.0, 0.45, 0.45]
+    >>> [threshold.push(score) for score in (3.0, 1.0, 0.75, -2.0)]
+    [2.0, 0.0, 0.375, 0.375]
     """
 
     def __init__(self, k: float, cap: int | None = None):
@@ -119,9 +119,9 @@ def lives(scores: Tensor, k: float, top: int, *, carried: int = 0, cap: int = 0)
 
     On the kernels where they are there, else in Python: the same numbers.
 
-    >>> found = lives(torch.tensor([[3.0, 1.0, 0.9, -2.0]], dtype=torch.float64), 2, top=2)
+    >>> found = lives(torch.tensor([[3.0, 1.0, 0.75, -2.0]], dtype=torch.float64), 2, top=2)
     >>> found.tau[0].tolist(), found.leaves_ones[0].tolist()
-    ([2.0, 0.0, 0.45, 0.45], [4, 2, 2, 3])
+    ([2.0, 0.0, 0.375, 0.375], [4, 2, 2, 3])
     """
     if scores.device.type == "cpu" and kernels.absent() is None:
         walked = torch.ops.aftermax.thresholds(scores.contiguous(), float(k), top, carried, cap)
