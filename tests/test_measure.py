@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aftermax.catalogue import CATALOGUE, find
 from aftermax.lab import cost, measure
 from aftermax.lab.cost import peak_mebibytes, training_memory, training_speed
 from aftermax.lab.data.recall import PAIRS
@@ -65,6 +66,7 @@ def loss_of(model, context: torch.Tensor, target: torch.Tensor) -> float:
 def test_every_measure_stands_at_every_length(rows, work):
     names = {"loss", "truncated_loss", "bucket_loss", "passkey", "mqar"}
     names |= {"entropy", "effective_keys", "first_mass", "row_mass"}
+    names |= {"cache_bytes", "cache_bytes_per_token"}
     assert set(rows) == {(name, length) for name in names for length in work.lengths}
 
 
@@ -214,6 +216,35 @@ def test_every_kind_of_weights_is_made_to_sum_to_one_first(work, corpus, windows
     assert 0 <= found["entropy"] <= math.log(windows.shape[1])
     assert 1 <= found["effective_keys"] <= windows.shape[1]
     assert 0 <= found["first_mass"] <= 1
+
+
+# what is held
+
+
+def test_keys_and_values_hold_as_much_for_each_token(rows, work):
+    """Of one layer: two vectors of the width in float32, and a bool."""
+    for length in work.lengths:
+        assert rows["cache_bytes", length] == length * (2 * work.width * 4 + 1)
+        assert rows["cache_bytes_per_token", length] == 2 * work.width * 4 + 1
+
+
+def test_fewer_heads_of_keys_and_values_hold_less(work, corpus, windows):
+    grouped = model_of(tiny_work(work.data, kv_heads=1), vocabulary=corpus.symbols.total)
+    assert measure.cache_bytes(grouped, windows[:1], (10,)) == {10: 10 * (work.width * 4 + 1)}
+
+
+@pytest.mark.parametrize("system", [e.name for e in CATALOGUE if e.causal])
+def test_what_is_held_is_the_state_that_decoding_goes_on_from(work, corpus, windows, system):
+    """Read in pieces or at once, the state is as large; one of one size stays as it is."""
+    model = model_of(work, system, corpus.symbols.total)
+    tokens = windows[:1, :60]
+    found = measure.cache_bytes(model, tokens, (7, 30, 60))
+    assert list(found) == [7, 30, 60]
+    with torch.no_grad():
+        _, state = model.step(tokens, model.init_state(1))
+    assert found[60] == sum(held.bytes for held in state) > 0
+    if find(system).walk == "linear":
+        assert found[7] == found[60]
 
 
 # cost

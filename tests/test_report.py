@@ -183,8 +183,9 @@ def test_nothing_is_best_where_all_are_alike(results):
         lambda system, measure, length: system == "lssar",
         lambda system, measure, length: system == "lssar" and length == 96,
         lambda system, measure, length: measure == "effective_keys",
+        lambda system, measure, length: measure == "cache_bytes" and system == "lssar",
     ],
-    ids=["costs", "a system", "a length", "a diagnostic"],
+    ids=["costs", "a system", "a length", "a diagnostic", "bytes of one system"],
 )
 def test_what_is_not_measured_yet_is_a_dash_or_left_out(results, tmp_path, dropped):
     write_report(without(results, dropped), tmp_path / "half.html")
@@ -194,6 +195,40 @@ def test_what_is_not_measured_yet_is_a_dash_or_left_out(results, tmp_path, dropp
     assert ("<td>LSSAR (p = 15)</td>" in page) is not absent
     for table in terminal_table(without(results, dropped)).renderables:
         assert table.row_count == (2 if absent else 3)
+
+
+def test_a_store_of_before_has_no_bytes_and_is_shown_all_the_same(results, tmp_path):
+    old = without(results, lambda system, measure, length: measure.startswith("cache_bytes"))
+    write_report(old, tmp_path / "old.html")
+    page = (tmp_path / "old.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == len(CAPTIONS) - 1
+    assert not (tmp_path / "figures" / "cache.svg").exists()
+    title = "Decode state (bytes per token held)"
+    assert set(tables(results)) - set(tables(old)) == {title}
+    assert title not in page
+    (new_loss, new_recall), (old_loss, old_recall) = (
+        [[c.header for c in t.columns] for t in terminal_table(r).renderables]
+        for r in (results, old)
+    )
+    assert new_loss == [*old_loss, "state 2x"]
+    assert new_recall == old_recall
+
+
+def test_bytes_are_shown_without_the_spread_that_they_have_not(results):
+    columns, rows = tables(results)["Decode state (bytes per token held)"]
+    assert columns == ["system", "1x", "2x", "KiB in all at 2x"]
+    each = 2 * results.work.width * 4 + 1  # one layer of keys and values, and what is real
+    for row in rows:
+        assert [cell.text for cell in row[1:]] == [f"{each}", f"{each}", f"{96 * each / 1024:.1f}"]
+        assert not any(cell.best for cell in row)  # all are alike
+    half = {
+        key: dict.fromkeys(by, 64.5) if key[:2] == ("lssar", "cache_bytes_per_token") else by
+        for key, by in results.values.items()
+    }
+    _, rows = tables(dataclasses.replace(results, values=half))[
+        "Decode state (bytes per token held)"
+    ]
+    assert [cell.text for row in rows for cell in row if cell.best] == ["64", "64"]
 
 
 def test_without_a_measured_run_there_is_no_report(results, tmp_path):

@@ -62,11 +62,11 @@ def test_half_widths_follow_students_table(count, t):
     assert half == pytest.approx(t / math.sqrt(count), rel=1e-6)
 
 
-def verdicts(lssar: list, seeds: int = 3, **more) -> list[str]:
+def verdicts(lssar: list, seeds: int = 3, more: dict | None = None) -> list[str]:
     steady = [2.0, 2.1, 1.9][:seeds]
     values = {(system, "loss", m): steady for system in SYSTEMS for m in (1, 4)}
     values["lssar", "loss", 4] = lssar
-    return results_of(values | more, seeds).verdicts()
+    return results_of(values | (more or {}), seeds).verdicts()
 
 
 def sentence_about(title: str, sentences: list[str]) -> str:
@@ -90,6 +90,18 @@ def test_a_lower_loss():
 def test_a_higher_loss():
     said = sentence_about("LSSAR", verdicts([3.0, 3.1, 2.9]))
     assert "higher loss (+1.000 ± 0.000 nats) than" in said
+
+
+@pytest.mark.parametrize(
+    ("held", "share"), [(100.0, "0.98%"), (20480.0, "200%"), (102400.0, "1,000%")]
+)
+def test_what_a_state_holds_is_said_beside_the_loss_where_it_is_another(held, share):
+    bytes_held = {(s, "cache_bytes", 4): [10240.0] * 3 for s in SYSTEMS}
+    bytes_held["lssar", "cache_bytes", 4] = [held] * 3
+    said = verdicts([1.0, 1.1, 0.9], more=bytes_held)
+    told = f"than log-n softmax (SSMax), with {share} of the bytes that its state holds."
+    assert sentence_about("LSSAR", said).endswith(told)
+    assert "bytes" not in sentence_about("cosine", said)
 
 
 def test_a_difference_within_its_interval_is_not_told_apart():

@@ -3,6 +3,8 @@
 Every loss is on the same target tokens: the last T/2 of each held-out window, with ever more
 context before them. Beside it stands the truncation baseline, in which every target has exactly the
 last T tokens before it and no more: a system that loses to it does not use its longer context.
+
+Beside what a model knows stands what it holds to go on from there: the bytes of its decode state.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ def evaluate(model: DecoderLM, work: Work, corpus: Corpus, step: int) -> list[Ro
             rows.append(Row(step, length, name, share))
         for name, value in _diagnose(model, windows[:16, -length - 1 : -1], work.targets).items():
             rows.append(Row(step, length, name, value))
+    for length, held in cache_bytes(model, windows[:1, :-1], work.lengths).items():
+        rows.append(Row(step, length, "cache_bytes", held))
+        rows.append(Row(step, length, "cache_bytes_per_token", held / length))
     truncated = _truncated_loss(model, windows, work)
     return rows + [Row(step, length, "truncated_loss", truncated) for length in work.lengths]
 
@@ -99,6 +104,21 @@ def _recall(model: DecoderLM, corpus: Corpus, work: Work, length: int) -> dict[s
             right.append(answers.view(len(tokens), -1))  # as many answers in each problem
         share = torch.cat(right).float()
         found[name] = (share.amin(1) if name == "passkey" else share).mean().item()
+    return found
+
+
+@torch.no_grad()
+def cache_bytes(model: DecoderLM, tokens: Tensor, lengths: Iterable[int]) -> dict[int, int]:
+    """Bytes of the decode state, all layers together, after each of the (rising) lengths.
+
+    Args:
+        tokens: (1, T), read once, up to the last length: one sequence, whose state holds no more
+            than a batch's does for each.
+    """
+    state, read, found = model.init_state(len(tokens)), 0, {}
+    for length in lengths:
+        _, state = model.step(tokens[:, read:length], state)
+        read, found[length] = length, sum(held.bytes for held in state)
     return found
 
 

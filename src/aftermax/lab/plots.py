@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator, NullLocator
 
 from aftermax.attention import attention_weights
 from aftermax.catalogue import CATALOGUE
@@ -123,6 +123,58 @@ def diagnostics(results: Results) -> Figure:
     return figure
 
 
+def cache(results: Results) -> Figure | None:
+    """What is held against the length, and what loss and recall it buys at the longest one; None
+    where a store of before has no bytes."""
+    if not results.lengths_of("cache_bytes"):
+        return None
+    *_, told_apart = _groups(results).values()
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    against_length(axes[0], results, "cache_bytes", "bytes of the decode state", told_apart)
+    axes[0].set_title("One sequence, all layers")
+    longest = results.work.multiples[-1]
+    names = {"loss": "loss (nats per token)", "mqar": "MQAR answers found (share)"}
+    for axis, (measure, label) in zip(axes[1:], names.items(), strict=True):
+        for entry in results.arms:
+            held, got = (results.at(entry.name, m, longest) for m in ("cache_bytes", measure))
+            if held is None or got is None:
+                continue
+            style = look(entry) if entry in told_apart else OTHERS
+            style = style | {"linestyle": "none", "capsize": 3}
+            axis.errorbar(held.mean, got.mean, yerr=got.sd, markersize=7, **style)
+        axis.set_xlabel("bytes of the decode state")
+        axis.set_ylabel(label)
+        axis.set_title(f"At {results.work.lengths[-1]} tokens ({longest}x)")
+        axis.set_xscale("log", base=2)
+    axes[0].set_yscale("log", base=2)
+    for axis in (axes[0].yaxis, axes[1].xaxis, axes[2].xaxis):
+        axis.set_major_locator(LogLocator(2, numticks=6))
+        axis.set_major_formatter(FuncFormatter(_binary))
+        axis.set_minor_locator(NullLocator())
+    axes[2].set_ylim(-0.03, 1.03)
+    if len(told_apart) < len(results.arms):
+        axes[0].plot([], [], label="the others that keep all", linestyle="none", **OTHERS)
+    legend_below(figure, axes[0])
+    return figure
+
+
+OTHERS: dict[str, Any] = {"color": "#BBBBBB", "marker": "o", "markerfacecolor": "white"}
+"""Look of systems that are not told apart, since what they hold is the same."""
+
+
+def _binary(size: float, _: object = None) -> str:
+    """Bytes as one writes them.
+
+    >>> _binary(4096.0)
+    '4 KiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:g} {unit}"
+
+
 def learning_curves(results: Results, of: str = "on text (nats per token)") -> Figure:
     """Training loss over steps, the mean over seeds."""
     groups = _groups(results)
@@ -143,10 +195,11 @@ def learning_curves(results: Results, of: str = "on text (nats per token)") -> F
     return figure
 
 
-RESULT_FIGURES: dict[str, Callable[[Results], Figure]] = {
+RESULT_FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     "loss_and_recall": loss_and_recall,
     "buckets": buckets,
     "diagnostics": diagnostics,
+    "cache": cache,
     "learning_curves": learning_curves,
     "costs": costs,
 }
@@ -172,7 +225,7 @@ def held_out(results: Results) -> Figure:
     return figure
 
 
-FIGURES: dict[str, dict[str, Callable[[Results], Figure]]] = {
+FIGURES: dict[str, Mapping[str, Callable[[Results], Figure | None]]] = {
     "text": RESULT_FIGURES,
     "vision": {
         "held_out": held_out,
@@ -183,7 +236,7 @@ FIGURES: dict[str, dict[str, Callable[[Results], Figure]]] = {
     "words": output_plots.WORDS,
     "outliers": outliers_plots.OUTLIERS,
 }
-"""By task."""
+"""By task. None is no figure: what it would show was not measured."""
 
 
 def row_maps() -> Figure:
@@ -372,7 +425,8 @@ def draw(results: Results) -> dict[str, Figure]:
     """All figures of a work."""
     matplotlib.use("agg")
     with plt.style.context(STYLE):
-        return {name: figure(results) for name, figure in FIGURES[results.work.task].items()}
+        drawn = {name: figure(results) for name, figure in FIGURES[results.work.task].items()}
+        return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def _legends_below(figure: Figure, axes) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from rich.console import Group
 
 from aftermax import __version__
-from aftermax.lab.page import Page, Tables, cost_row, shared_settings, table, transformer_settings
+from aftermax.lab.page import (
+    Cell,
+    Page,
+    Tables,
+    bold_if_best,
+    cost_row,
+    shared_settings,
+    table,
+    transformer_settings,
+)
 from aftermax.lab.page import terminal_table as begin_terminal_table
 from aftermax.lab.results import Results
 from aftermax.positions import RoPE
@@ -30,6 +39,13 @@ CAPTIONS = {
         "Weights made to sum to one. A row that spreads over ever more keys as its context grows "
         "loses the few that matter; a row that stays sharp may have become local.",
     ),
+    "cache": (
+        "What is held to go on from there",
+        "Bytes of the decode state of one sequence, all layers together, as the states themselves "
+        "count them. Keys and values grow with the context; a state of one size does not, and "
+        "costs less where its curve is below theirs. Middle and right: what the bytes buy at the "
+        "longest context. To the left and below, or above for recall, is better.",
+    ),
     "learning_curves": ("Learning", "Training loss on text at the training length."),
     "costs": (
         "What it costs",
@@ -49,7 +65,7 @@ def intro(results: Results) -> str:
 
 
 def tables(results: Results) -> Tables:
-    """Loss, the use of context, recall, cost."""
+    """Loss, the use of context, recall, what is held, cost."""
     multiples = results.work.multiples
     at = [f"{m}x" for m in multiples]
     first, last = multiples[0], multiples[-1]
@@ -65,12 +81,37 @@ def tables(results: Results) -> Tables:
         "Effective number of keys": table(
             results, at, [("effective_keys", m, 1) for m in multiples], best=None
         ),
+        **_cache_table(results),
         "Cost": (
             ["system", "learning rate", "training speed, ratio (range)", "tokens/s",
              f"peak MiB at {last}x"],
             [cost_row(results, entry) for entry in results.arms],
         ),
     }  # fmt: skip
+
+
+def _cache_table(results: Results) -> Tables:
+    """The same for every seed, so without a spread; none where a store of before has no bytes."""
+    multiples = results.work.multiples
+    if not results.lengths_of("cache_bytes"):
+        return {}
+    cells = [_bytes_per_token(results, m) for m in multiples]
+    last = multiples[-1]
+    rows = []
+    for i, entry in enumerate(results.arms):
+        held = results.at(entry.name, "cache_bytes", last)
+        in_all = Cell("–" if held is None else f"{held.mean / 1024:,.1f}")
+        rows.append([Cell(entry.title), *(column[i] for column in cells), in_all])
+    columns = ["system", *(f"{m}x" for m in multiples), f"KiB in all at {last}x"]
+    return {"Decode state (bytes per token held)": (columns, rows)}
+
+
+def _bytes_per_token(results: Results, multiple: int) -> list[Cell]:
+    """A cell for each system; the least is the best."""
+    found = [results.at(e.name, "cache_bytes_per_token", multiple) for e in results.arms]
+    known = {s.mean for s in found if s is not None}
+    least = min(known) if len(known) > 1 else None
+    return [Cell("–") if s is None else Cell(f"{s.mean:,.0f}", s.mean == least) for s in found]
 
 
 def settings(results: Results) -> dict[str, str]:
@@ -96,21 +137,26 @@ def settings(results: Results) -> dict[str, str]:
 
 
 def terminal_table(results: Results) -> Group:
-    """Loss, then recall and speed."""
-    multiples = results.work.multiples
-    loss = begin_terminal_table("loss (nats per token)", [f"{m}x" for m in multiples])
+    """Loss and what is held at the longest context, then recall and speed."""
+    multiples, last = results.work.multiples, results.work.multiples[-1]
+    title, names = "loss (nats per token)", [f"{m}x" for m in multiples]
+    held: list[list[Cell]] = []
+    if results.lengths_of("cache_bytes"):
+        held = [_bytes_per_token(results, last)]
+        title, names = f"{title}, decode state (bytes per token)", [*names, f"state {last}x"]
+    loss = begin_terminal_table(title, names)
     lows = [
         min(s.mean for e in results.arms if (s := results.at(e.name, "loss", m))) for m in multiples
     ]
-    for entry in results.arms:
-        cells = []
+    for i, entry in enumerate(results.arms):
+        cells = [bold_if_best(column[i]) for column in held]
+        losses = []
         for m, low in zip(multiples, lows, strict=True):
             spread = results.at(entry.name, "loss", m)
             text = "–" if spread is None else f"{spread.mean:.2f}"
-            cells.append(f"[bold]{text}[/bold]" if spread and spread.mean == low else text)
-        loss.add_row(entry.name, *cells)
+            losses.append(f"[bold]{text}[/bold]" if spread and spread.mean == low else text)
+        loss.add_row(entry.name, *losses, *cells)
 
-    last = multiples[-1]
     names = [*(f"{m}x" for m in multiples), "kv 1x", f"kv {last}x", "speed"]
     recall = begin_terminal_table(
         "passkeys found (%), key-value answers (%), training speed", names

@@ -42,8 +42,21 @@ def of_text(results: Results) -> list[str]:
             continue
         told = results.difference("loss", entry.name, baseline.name, longest)
         if told is not None:
-            sentences.append(f"{entry.title} at {longest}x: {_compared(told)} {baseline.title}.")
+            share = _share_of_cache(results, entry.name, baseline.name, longest)
+            sentences.append(
+                f"{entry.title} at {longest}x: {_compared(told)} {baseline.title}{share}."
+            )
     return sentences
+
+
+def _share_of_cache(results: Results, a: str, b: str, multiple: int) -> str:
+    """How much a holds of what b does, where it is not the same; "" where it was not measured."""
+    held, whole = (results.at(system, "cache_bytes", multiple) for system in (a, b))
+    if held is None or whole is None or held.mean == whole.mean:
+        return ""
+    share = 100 * held.mean / whole.mean
+    told = f"{share:.2g}" if share < 100 else f"{share:,.0f}"
+    return f", with {told}% of the bytes that its state holds"
 
 
 def _context_used(results: Results, entry: Arm, longest: int) -> list[str]:
