@@ -73,6 +73,14 @@ def outlier_comparison(tmp_path_factory):
     return compared_outliers(tmp_path_factory.mktemp("outlier_comparison"))
 
 
+@pytest.fixture(scope="session")
+def hashhop_comparison(tmp_path_factory):
+    """A finished `aftermax compare --task hashhop`: its folder, what it printed."""
+    from .lab_work import compared_hashhop
+
+    return compared_hashhop(tmp_path_factory.mktemp("hashhop_comparison"))
+
+
 @pytest.fixture(scope="session", params=["labels", "words"])
 def output_comparison(request, tmp_path_factory):
     """The same of a task whose systems are output layers."""

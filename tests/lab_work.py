@@ -13,6 +13,7 @@ import torch
 
 from aftermax.cli import main, preset_of
 from aftermax.lab.data.corpus import Corpus, prepare
+from aftermax.lab.hashhop_work import HashHopWork
 from aftermax.lab.labels_work import LabelsWork
 from aftermax.lab.models import DecoderLM
 from aftermax.lab.outliers_work import OutliersWork
@@ -156,6 +157,17 @@ def compared_outliers(folder: Path) -> tuple[Path, str]:
         data=write_texts(folder / "texts"),
         **{"layers": 1, "width": 16, "heads": 2, "context": 16, "multiples": (1, 2)},
         **{"batch": 8, "steps": 20, "windows": 4, "calibration": 2},
+        seeds=(0, 1, 2),
+        learning_rates=(1e-2,),
+    )
+    return compared_work(work, folder)
+
+
+def compared_hashhop(folder: Path) -> tuple[Path, str]:
+    """The same of the task of HashHop."""
+    work = HashHopWork(
+        systems=("softmax", "linear"),
+        **{"layers": 1, "width": 16, "heads": 2, "batch": 8, "steps": 20, "scored": 4},
         seeds=(0, 1, 2),
         learning_rates=(1e-2,),
     )

@@ -36,6 +36,7 @@ LEARNED = {
     "vision": "Train each system on the same images, measure it on a test split",
     "labels": "Train each output layer to give documents their labels, measure what it ranks first",
     "words": "Train each output layer to tell the next word, measure its first guesses",
+    "hashhop": "Train each system to follow chains of hashes, ask it in longer and longer contexts",
     "outliers": "Train encoders and decoders with each system, measure outliers and 8-bit losses",
 }
 """What `compare` does, by task."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aftermax.attention import attention_weights
+from aftermax.cache import Cache
 from aftermax.dense import Dense
 from aftermax.lab.data.corpus import Corpus
 from aftermax.lab.data.recall import TASKS
@@ -44,9 +45,7 @@ def evaluate(model: DecoderLM, work: Work, corpus: Corpus, step: int) -> list[Ro
             rows.append(Row(step, length, name, share))
         for name, value in _diagnose(model, windows[:16, -length - 1 : -1], work.targets).items():
             rows.append(Row(step, length, name, value))
-    for length, held in cache_bytes(model, windows[:1, :-1], work.lengths).items():
-        rows.append(Row(step, length, "cache_bytes", held))
-        rows.append(Row(step, length, "cache_bytes_per_token", held / length))
+    rows += cache_rows(model, windows[:1, :-1], work.lengths, step)
     truncated = _truncated_loss(model, windows, work)
     return rows + [Row(step, length, "truncated_loss", truncated) for length in work.lengths]
 
@@ -107,6 +106,15 @@ def _recall(model: DecoderLM, corpus: Corpus, work: Work, length: int) -> dict[s
     return found
 
 
+def cache_rows(
+    model: DecoderLM, tokens: Tensor, lengths: Iterable[int], step: int
+) -> Iterator[Row]:
+    """`cache_bytes`, in all and for each token."""
+    for length, held in cache_bytes(model, tokens, lengths).items():
+        yield Row(step, length, "cache_bytes", held)
+        yield Row(step, length, "cache_bytes_per_token", held / length)
+
+
 @torch.no_grad()
 def cache_bytes(model: DecoderLM, tokens: Tensor, lengths: Iterable[int]) -> dict[int, int]:
     """Bytes of the decode state, all layers together, after each of the (rising) lengths.
@@ -115,10 +123,10 @@ def cache_bytes(model: DecoderLM, tokens: Tensor, lengths: Iterable[int]) -> dic
         tokens: (1, T), read once, up to the last length: one sequence, whose state holds no more
             than a batch's does for each.
     """
-    state, read, found = model.init_state(len(tokens)), 0, {}
+    cache, found = Cache(model, len(tokens)), {}
     for length in lengths:
-        _, state = model.step(tokens[:, read:length], state)
-        read, found[length] = length, sum(held.bytes for held in state)
+        cache.append(tokens[:, cache.length : length])
+        found[length] = cache.bytes
     return found
 
 

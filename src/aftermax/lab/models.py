@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftermax.cache import can_all
+from aftermax.lab.hashhop_work import HashHopWork
 from aftermax.lab.outliers_work import OutliersWork
 from aftermax.lab.vision_work import VisionWork
 from aftermax.lab.work import Arm, Work
@@ -62,7 +63,7 @@ class DecoderLM(nn.Module):
 
     causal: ClassVar[bool] = True
 
-    def __init__(self, work: Work | OutliersWork, arm: Arm, vocabulary: int):
+    def __init__(self, work: Work | OutliersWork | HashHopWork, arm: Arm, vocabulary: int):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, work.width)
         options = {"hybrid_norm": arm.hybrid_norm, "layer_scale": arm.layer_scale}
@@ -78,7 +79,9 @@ class DecoderLM(nn.Module):
         self.norm = nn.RMSNorm(work.width)
         self._initialise(work.layers)
 
-    def _attention(self, work: Work | OutliersWork, arm: Arm, layer: int) -> Attention:
+    def _attention(
+        self, work: Work | OutliersWork | HashHopWork, arm: Arm, layer: int
+    ) -> Attention:
         options = {
             "weights": arm.system_of(layer, work.layers, work.lengths[-1]),
             "kv_heads": work.kv_heads,

@@ -10,6 +10,7 @@ from aftermax import __version__
 from aftermax.lab.outliers import SEPARATORS, told
 from aftermax.lab.outliers_work import MODELS
 from aftermax.lab.page import (
+    TRAINING_COSTS,
     Page,
     Tables,
     cost_row,
@@ -40,11 +41,7 @@ CAPTIONS = {
         "heads and the last rows. The grey line is what equal weights would give separators.",
     ),
     "learning_curves": ("Learning", "Loss on the batches of training; the mean over seeds."),
-    "costs": (
-        "What it costs",
-        "Speed is measured side by side in one process, systems interleaved; bars end at the "
-        "median, whiskers at the lowest and highest round. Memory is the peak that one step adds.",
-    ),
+    "costs": TRAINING_COSTS,
 }
 
 

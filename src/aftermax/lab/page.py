@@ -101,6 +101,38 @@ def cost_row(results: Results, entry: AnyArm, a_unit: int = 1, counted: bool = F
     return [Cell(entry.title), Cell(f"{rate:g}"), *map(Cell, costs)]
 
 
+def cache_table(results: Results) -> Tables:
+    """The same for every seed, so without a spread; none where a store of before has no bytes."""
+    multiples = results.work.multiples
+    if not results.lengths_of("cache_bytes"):
+        return {}
+    cells = [bytes_per_token(results, m) for m in multiples]
+    last = multiples[-1]
+    rows = []
+    for i, entry in enumerate(results.arms):
+        held = results.at(entry.name, "cache_bytes", last)
+        in_all = Cell("–" if held is None else f"{held.mean / 1024:,.1f}")
+        rows.append([Cell(entry.title), *(column[i] for column in cells), in_all])
+    columns = ["system", *(f"{m}x" for m in multiples), f"KiB in all at {last}x"]
+    return {"Decode state (bytes per token held)": (columns, rows)}
+
+
+def bytes_per_token(results: Results, multiple: int) -> list[Cell]:
+    """A cell for each system; the least is the best."""
+    found = [results.at(e.name, "cache_bytes_per_token", multiple) for e in results.arms]
+    known = {s.mean for s in found if s is not None}
+    least = min(known) if len(known) > 1 else None
+    return [Cell("–") if s is None else Cell(f"{s.mean:,.0f}", s.mean == least) for s in found]
+
+
+TRAINING_COSTS = (
+    "What it costs",
+    "Speed is measured side by side in one process, systems interleaved; bars end at the median, "
+    "whiskers at the lowest and highest round. Memory is the peak that one step adds.",
+)
+"""Title and caption of the costs where attention is compared."""
+
+
 OUTPUT_COSTS = (
     "What it costs",
     "Speed is that of the whole step, what is below the output layer included, measured side by "

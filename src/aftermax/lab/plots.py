@@ -40,7 +40,7 @@ def _groups(results: Results) -> dict[str, list[Arm]]:
     """The arms by what they keep of the past, each group with the first system to compare with."""
     dense = [e for e in results.arms if e.entry.walk == "dense"]
     others = [e for e in results.arms if e.entry.walk != "dense"]
-    if results.work.task != "text" or not dense or not others:
+    if results.work.task not in ("text", "hashhop") or not dense or not others:
         return {"": results.arms}
     return {"all keys and values kept": dense, "a state of one size": [dense[0], *others]}
 
@@ -123,9 +123,13 @@ def diagnostics(results: Results) -> Figure:
     return figure
 
 
-def cache(results: Results) -> Figure | None:
+def cache(results: Results, recall: str = "mqar") -> Figure | None:
     """What is held against the length, and what loss and recall it buys at the longest one; None
-    where a store of before has no bytes."""
+    where a store of before has no bytes.
+
+    Args:
+        recall: a measure that is a share: "mqar", or "hops2" and the like.
+    """
     if not results.lengths_of("cache_bytes"):
         return None
     *_, told_apart = _groups(results).values()
@@ -133,7 +137,8 @@ def cache(results: Results) -> Figure | None:
     against_length(axes[0], results, "cache_bytes", "bytes of the decode state", told_apart)
     axes[0].set_title("One sequence, all layers")
     longest = results.work.multiples[-1]
-    names = {"loss": "loss (nats per token)", "mqar": "MQAR answers found (share)"}
+    found = "MQAR answers" if recall == "mqar" else f"chains of {recall[4:]} hops"
+    names = {"loss": "loss (nats per token)", recall: f"{found} found (share)"}
     for axis, (measure, label) in zip(axes[1:], names.items(), strict=True):
         for entry in results.arms:
             held, got = (results.at(entry.name, m, longest) for m in ("cache_bytes", measure))
@@ -225,6 +230,29 @@ def held_out(results: Results) -> Figure:
     return figure
 
 
+def hops(results: Results) -> Figure:
+    """Chains followed to their end against the length, a panel for each number of hops."""
+    work = results.work
+    count = len(work.hops)
+    figure, axes = plt.subplots(1, count, figsize=(4.5 * count + 2, 4.2), squeeze=False)
+    for axis, number in zip(axes[0], work.hops, strict=True):
+        against_length(axis, results, f"hops{number}", "chains followed (share)")
+        guess = work.hashes ** -(number if work.chain_of_thought else 1)
+        axis.axhline(guess, color="#999999", linewidth=1)
+        axis.set_title(f"{number} hop{'s' if number > 1 else ''}")
+        axis.set_ylim(-0.03, 1.03)
+    legend_below(figure, axes[0, 0])
+    return figure
+
+
+def hops_cache(results: Results) -> Figure | None:
+    return cache(results, f"hops{results.work.hops[-1]}")
+
+
+def hops_learning_curves(results: Results) -> Figure:
+    return learning_curves(results, "(nats per token of an answer)")
+
+
 FIGURES: dict[str, Mapping[str, Callable[[Results], Figure | None]]] = {
     "text": RESULT_FIGURES,
     "vision": {
@@ -235,6 +263,12 @@ FIGURES: dict[str, Mapping[str, Callable[[Results], Figure | None]]] = {
     "labels": output_plots.LABELS,
     "words": output_plots.WORDS,
     "outliers": outliers_plots.OUTLIERS,
+    "hashhop": {
+        "hops": hops,
+        "cache": hops_cache,
+        "learning_curves": hops_learning_curves,
+        "costs": costs,
+    },
 }
 """By task. None is no figure: what it would show was not measured."""
 

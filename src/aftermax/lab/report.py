@@ -10,7 +10,15 @@ from markupsafe import Markup
 from matplotlib import pyplot as plt
 from rich.console import RenderableType
 
-from aftermax.lab import labels_page, outliers_page, plots, text_page, vision_page, words_page
+from aftermax.lab import (
+    hashhop_page,
+    labels_page,
+    outliers_page,
+    plots,
+    text_page,
+    vision_page,
+    words_page,
+)
 from aftermax.lab.page import Page, Tables
 from aftermax.lab.results import Results
 
@@ -20,6 +28,7 @@ PAGES: dict[str, Page] = {
     "labels": labels_page.PAGE,
     "words": words_page.PAGE,
     "outliers": outliers_page.PAGE,
+    "hashhop": hashhop_page.PAGE,
 }
 """By task."""
 

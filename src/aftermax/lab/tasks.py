@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from aftermax.lab import labels, outliers, text, vision, words
+from aftermax.lab import hashhop, labels, outliers, text, vision, words
+from aftermax.lab.hashhop_work import PRESETS as HASHHOP_PRESETS
 from aftermax.lab.labels_work import PRESETS as LABEL_PRESETS
 from aftermax.lab.outliers_work import PRESETS as OUTLIER_PRESETS
 from aftermax.lab.store import Row
@@ -81,6 +82,7 @@ TASKS: dict[str, Task] = {
     "labels": labels,
     "words": words,
     "outliers": outliers,
+    "hashhop": hashhop,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -89,6 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "labels": LABEL_PRESETS,
     "words": WORD_PRESETS,
     "outliers": OUTLIER_PRESETS,
+    "hashhop": HASHHOP_PRESETS,
 }
 
 

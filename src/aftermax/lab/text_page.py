@@ -6,10 +6,13 @@ from rich.console import Group
 
 from aftermax import __version__
 from aftermax.lab.page import (
+    TRAINING_COSTS,
     Cell,
     Page,
     Tables,
     bold_if_best,
+    bytes_per_token,
+    cache_table,
     cost_row,
     shared_settings,
     table,
@@ -47,11 +50,7 @@ CAPTIONS = {
         "longest context. To the left and below, or above for recall, is better.",
     ),
     "learning_curves": ("Learning", "Training loss on text at the training length."),
-    "costs": (
-        "What it costs",
-        "Speed is measured side by side in one process, systems interleaved; bars end at the "
-        "median, whiskers at the lowest and highest round. Memory is the peak that one step adds.",
-    ),
+    "costs": TRAINING_COSTS,
 }
 
 
@@ -81,37 +80,13 @@ def tables(results: Results) -> Tables:
         "Effective number of keys": table(
             results, at, [("effective_keys", m, 1) for m in multiples], best=None
         ),
-        **_cache_table(results),
+        **cache_table(results),
         "Cost": (
             ["system", "learning rate", "training speed, ratio (range)", "tokens/s",
              f"peak MiB at {last}x"],
             [cost_row(results, entry) for entry in results.arms],
         ),
     }  # fmt: skip
-
-
-def _cache_table(results: Results) -> Tables:
-    """The same for every seed, so without a spread; none where a store of before has no bytes."""
-    multiples = results.work.multiples
-    if not results.lengths_of("cache_bytes"):
-        return {}
-    cells = [_bytes_per_token(results, m) for m in multiples]
-    last = multiples[-1]
-    rows = []
-    for i, entry in enumerate(results.arms):
-        held = results.at(entry.name, "cache_bytes", last)
-        in_all = Cell("–" if held is None else f"{held.mean / 1024:,.1f}")
-        rows.append([Cell(entry.title), *(column[i] for column in cells), in_all])
-    columns = ["system", *(f"{m}x" for m in multiples), f"KiB in all at {last}x"]
-    return {"Decode state (bytes per token held)": (columns, rows)}
-
-
-def _bytes_per_token(results: Results, multiple: int) -> list[Cell]:
-    """A cell for each system; the least is the best."""
-    found = [results.at(e.name, "cache_bytes_per_token", multiple) for e in results.arms]
-    known = {s.mean for s in found if s is not None}
-    least = min(known) if len(known) > 1 else None
-    return [Cell("–") if s is None else Cell(f"{s.mean:,.0f}", s.mean == least) for s in found]
 
 
 def settings(results: Results) -> dict[str, str]:
@@ -142,7 +117,7 @@ def terminal_table(results: Results) -> Group:
     title, names = "loss (nats per token)", [f"{m}x" for m in multiples]
     held: list[list[Cell]] = []
     if results.lengths_of("cache_bytes"):
-        held = [_bytes_per_token(results, last)]
+        held = [bytes_per_token(results, last)]
         title, names = f"{title}, decode state (bytes per token)", [*names, f"state {last}x"]
     loss = begin_terminal_table(title, names)
     lows = [

@@ -186,6 +186,30 @@ def of_outliers(results: Results) -> list[str]:
     return sentences
 
 
+def of_hashhop(results: Results) -> list[str]:
+    """Each system against softmax, or the first where that is not there: at the training length
+    and at the longest, for each number of hops."""
+    sentences, arms = [], results.arms
+    base = next((entry for entry in arms if entry.name == "softmax"), arms[0])
+    ends = dict.fromkeys((1, results.work.multiples[-1]))
+    for entry in arms:
+        told = [
+            (hops, m, results.difference(f"hops{hops}", entry.name, base.name, m))
+            for hops in results.work.hops
+            for m in ends
+        ]
+        parts = [
+            f"{hops} hop{'s' if hops > 1 else ''} at {m}x {_points(*difference, 'more', 'fewer')}"
+            for hops, m, difference in told
+            if difference is not None
+        ]
+        if entry.name != base.name and parts:
+            sentences.append(
+                f"{entry.title}, against {base.title}, follows chains: {', '.join(parts)}."
+            )
+    return sentences
+
+
 def _ratio(results: Results, measure: str, a: str, b: str) -> str | None:
     """Geometric mean of a / b over the seeds that both have, with its 95% interval."""
     logs = [
@@ -215,4 +239,5 @@ VERDICTS = {
     "labels": of_labels,
     "words": of_words,
     "outliers": of_outliers,
+    "hashhop": of_hashhop,
 }
