@@ -3,7 +3,7 @@
 The problems are those of `aftermax.lab.data.hashhop`, a token for each hash. A problem fills its
 length: the shuffled lines, a mark that says how many hops are asked for, and every chain's first
 hash with its answer. Training problems have two chains up to as many as the training length holds:
-with the longest alone the models of the lab learned nothing in a thousand steps. Whoever follows a
+with the longest alone the models of the lab learned nothing in their budget. Whoever follows a
 chain at one length and not at another loses it among more of them.
 """
 
