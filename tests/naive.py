@@ -146,6 +146,19 @@ def relu_over_n(row: Row) -> Tensor:
     return torch.relu(row.dot() + row.bias) / row.n
 
 
+def vector_quantised(row: Row) -> Tensor:
+    """arXiv 2404.11163: softmax over the nearest of the codes, with a bias for the near."""
+    codebook, bias = row.learned["codebook"], row.learned["window_bias"]
+    scores = []
+    for j in range(row.n):
+        chosen = min(range(len(codebook)), key=lambda s: ((row.keys[j] - codebook[s]) ** 2).sum())
+        far = abs(int(row.distance[j]))
+        scores.append(codebook[chosen] @ row.query)
+        scale = 1 / math.sqrt(row.query.shape[0]) if row.scale is None else row.scale
+        scores[j] = scale * scores[j] + (bias[far] if far < len(bias) else 0)
+    return _softmax(torch.stack(scores) + row.bias)
+
+
 def elu_plus_one(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + 1, torch.exp(x))
 
@@ -348,5 +361,6 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
     "sparsek": sparsek(16, 16),
     "soft": soft(normalised=False),
     "soft-norm": soft(normalised=True),
+    "longvq": dense(vector_quantised),
 }
 """Name of the entry -> (query, key, value, visible, *, distance, bias, scale, learned) -> out."""

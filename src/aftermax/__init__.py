@@ -63,6 +63,9 @@ from aftermax.lowrank import SOFT, SOFTAttention
 from aftermax.modules import Attention, GatedAttention
 from aftermax.positions import ALiBi, NoPositions, RoPE
 
+# over the codes of keys
+from aftermax.quantised import CodeState, VectorQuantised
+
 # over one dimension of anything
 from aftermax.rows import log_softmax, logsumexp, softmax
 
@@ -103,6 +106,7 @@ __all__ = [
     "Attention",
     "Cache",
     "ClippedSoftmax",
+    "CodeState",
     "CosFormer",
     "CosineSoftmax",
     "Cottention",
@@ -142,6 +146,7 @@ __all__ = [
     "Threshold",
     "TransNormer",
     "TransNormerBlock",
+    "VectorQuantised",
     "Visible",
     "ZScoreLoss",
     "__version__",

@@ -6,6 +6,7 @@ from aftermax.entry import Entry
 from aftermax.linear import cosformer, cottention, elu, inline, normalised, transnormer
 from aftermax.lowrank import soft
 from aftermax.sparse import sparsek
+from aftermax.quantised import vector_quantised
 from aftermax.weights import clipped, rela, sigmoid, softmax, softplus
 
 CATALOGUE: tuple[Entry, ...] = (
@@ -35,6 +36,7 @@ CATALOGUE: tuple[Entry, ...] = (
     sparsek.ENTRY,
     soft.ENTRY,
     soft.NORMALISED,
+    vector_quantised.ENTRY,
 )
 
 
