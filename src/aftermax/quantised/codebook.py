@@ -7,6 +7,7 @@ begins with k-means and gives a code that nobody chooses to a key of the moment.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -57,9 +58,10 @@ def start_of(size: int, width: int) -> Tensor:
     >>> round(start.mean().item(), 1), round(start.std().item(), 1)
     (0.0, 1.0)
     """
-    number = torch.arange(1, size * width + 1, dtype=torch.float64)
+    number = torch.arange(1, 2 * size * width + 1, dtype=torch.float64)
     uniform = (torch.sin(12.9898 * number.square()) * 43758.5453) % 1
-    return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).reshape(size, width).float()
+    radius, turn = uniform.clamp_min(1e-9).reshape(2, size, width)
+    return ((-2 * radius.log()).sqrt() * torch.cos(2 * math.pi * turn)).float()
 
 
 def k_means(keys: Tensor, size: int, steps: int = 10) -> tuple[Tensor, Tensor]:
