@@ -64,7 +64,7 @@ from aftermax.modules import Attention, GatedAttention
 from aftermax.positions import ALiBi, NoPositions, RoPE
 
 # over the codes of keys
-from aftermax.quantised import CodeState, VectorQuantised
+from aftermax.quantised import CodeState, LongVQAttention, VectorQuantised
 
 # over one dimension of anything
 from aftermax.rows import log_softmax, logsumexp, softmax
@@ -123,6 +123,7 @@ __all__ = [
     "LinearState",
     "LogSphericalLoss",
     "LogTaylorLoss",
+    "LongVQAttention",
     "NoPositions",
     "Normalised",
     "NormalisedAttention",

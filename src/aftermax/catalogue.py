@@ -7,6 +7,7 @@ from aftermax.linear import cosformer, cottention, elu, inline, normalised, tran
 from aftermax.lowrank import soft
 from aftermax.sparse import sparsek
 from aftermax.quantised import vector_quantised
+from aftermax.quantised import longvq
 from aftermax.weights import clipped, rela, sigmoid, softmax, softplus
 
 CATALOGUE: tuple[Entry, ...] = (
@@ -36,7 +37,7 @@ CATALOGUE: tuple[Entry, ...] = (
     sparsek.ENTRY,
     soft.ENTRY,
     soft.NORMALISED,
-    vector_quantised.ENTRY,
+    longvq.ENTRY,
 )
 
 

@@ -31,7 +31,6 @@ from torch import Tensor
 from aftermax import scores
 from aftermax.blocks import no_autocast
 from aftermax.call import check_inputs, complete
-from aftermax.entry import Entry, Laws
 from aftermax.linear.walk import repeated
 from aftermax.quantised.codebook import nearest, start_of
 from aftermax.quantised.memory import Keys, Memory, Walk
@@ -461,26 +460,3 @@ def _with_heads(state: CodeState, heads: int) -> CodeState:
         return state
     names = ("sums", "counts", "codes", "value", "flawed")
     return replace(state, **{name: repeated(getattr(state, name), groups) for name in names})
-
-
-ENTRY = Entry(
-    name="longvq",
-    title="LongVQ",
-    system=VectorQuantised(),
-    formula="softmax(q·C_z / √d + b_|i−j|), z = argmin_s |k − C_s|², b within a window",
-    paper="Liu et al. 2024",
-    arxiv="2404.11163",
-    score="q·C_z / √d",
-    positivity="exp",
-    normaliser="row sum",
-    walk="window and codes",
-    laws=Laws(rows_sum_to_one=True, rows_at_most_one=True, shift_invariant=True),
-    exceptions={
-        "gradients": "a key's gradient is the straight-through one: the derivative of its choice "
-        "of a code is 0",
-        "key_order": "its bias of the window reads distances",
-    },
-    positions="none",
-    claim="Better than Transformers, convolutions and state space models on LRA, text, images and "
-    "speech, with a memory of fixed size.",
-)
