@@ -60,7 +60,7 @@ from aftermax.losses import (
 
 # through landmarks
 from aftermax.lowrank import SOFT, SOFTAttention
-from aftermax.modules import Attention, GatedAttention
+from aftermax.modules import Attention, GatedAttention, auxiliary_loss
 from aftermax.positions import ALiBi, NoPositions, RoPE
 
 # over the codes of keys
@@ -154,6 +154,7 @@ __all__ = [
     "as_dynamical_system",
     "attention",
     "attention_weights",
+    "auxiliary_loss",
     "cached_backward",
     "coupled_softmax_loss",
     "cross_entropy",

@@ -258,6 +258,17 @@ class GatedAttention(Attention):
         return out * self.gate(x)
 
 
+def auxiliary_loss(model: nn.Module) -> Tensor | float:
+    """What the parts of a model ask a trainer to add to its loss, since their last forward pass:
+    the sum of `auxiliary_loss()` of every module that has one; 0.0 where none has.
+
+    >>> auxiliary_loss(Attention(32, heads=4))
+    0.0
+    """
+    parts = [m for m in model.modules() if hasattr(m, "auxiliary_loss")]
+    return sum((part.auxiliary_loss() for part in parts), 0.0)  # type: ignore[operator]
+
+
 class _HeadNorm(nn.RMSNorm):
     """RMSNorm in the gain's dtype: under autocast the vectors are half and the gain is not, which
     torch's own norm meets with a warning."""

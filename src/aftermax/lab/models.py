@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,8 @@ from aftermax.lab.outliers_work import OutliersWork
 from aftermax.lab.vision_work import VisionWork
 from aftermax.lab.work import Arm, Work
 from aftermax.modules import Attention, GatedAttention
+
+DecoderWork = Work | OutliersWork | HashHopWork
 
 
 class SwiGLU(nn.Module):
@@ -63,7 +66,7 @@ class DecoderLM(nn.Module):
 
     causal: ClassVar[bool] = True
 
-    def __init__(self, work: Work | OutliersWork | HashHopWork, arm: Arm, vocabulary: int):
+    def __init__(self, work: DecoderWork, arm: Arm, vocabulary: int):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, work.width)
         options = {"hybrid_norm": arm.hybrid_norm, "layer_scale": arm.layer_scale}
@@ -77,31 +80,42 @@ class DecoderLM(nn.Module):
                 )
             )
         self.norm = nn.RMSNorm(work.width)
-        self._initialise(work.layers)
+        _initialise(self, work.layers)
+        if arm.entry.module is not None and not arm.gated:
+            self._put_in(arm.entry.module, work, arm)
 
-    def _attention(
-        self, work: Work | OutliersWork | HashHopWork, arm: Arm, layer: int
-    ) -> Attention:
-        options = {
+    def _options(self, work: DecoderWork, arm: Arm, layer: int) -> dict[str, Any]:
+        return {
             "weights": arm.system_of(layer, work.layers, work.lengths[-1]),
             "kv_heads": work.kv_heads,
             "positions": arm.place,
             "causal": self.causal,
             "qk_norm": arm.qk_norm,
         }
-        plain = (arm.entry.module or Attention)(work.width, work.heads, **options)
+
+    def _attention(self, work: DecoderWork, arm: Arm, layer: int) -> Attention:
+        options = self._options(work, arm, layer)
+        plain = Attention(work.width, work.heads, **options)
         if not arm.gated:
             return plain
         with torch.random.fork_rng([]):  # what is drawn after it is the same with a gate
             return GatedAttention(work.width, work.heads, **options)
 
-    def _initialise(self, layers: int) -> None:
-        """Normal(0, 0.02), smaller where a branch ends: GPT-2's initialisation. What a system
-        learns, and a gate, start as they say themselves."""
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2 and "learned" not in name and ".gate." not in name:
-                std = 0.02 / (2 * layers) ** 0.5 if "to_out" in name else 0.02
-                nn.init.normal_(parameter, std=std)
+    def _put_in(self, module: Callable[..., Any], work: DecoderWork, arm: Arm) -> None:
+        """A paper's own layer in place of the plain ones. What both have starts the same, and so
+        does all else in the model."""
+        with torch.random.fork_rng([]):
+            for layer, block in enumerate(self.blocks):
+                own = module(work.width, work.heads, **self._options(work, arm, layer))
+                _initialise(own, work.layers)
+                plain, names = block[0].layer, own.state_dict()  # type: ignore[index]
+                shared = {
+                    name: x
+                    for name, x in plain.state_dict().items()
+                    if name in names and names[name].shape == x.shape
+                }
+                own.load_state_dict(shared, strict=False)
+                block[0].layer = own  # type: ignore[index]
 
     @property
     def attentions(self) -> list[Attention]:
@@ -137,6 +151,15 @@ class DecoderLM(nn.Module):
             x = feed(attend.add(x, out))
             new.append(held)
         return self.norm(x), new
+
+
+def _initialise(model: nn.Module, layers: int) -> None:
+    """Normal(0, 0.02), smaller where a branch ends: GPT-2's initialisation. What a system learns,
+    and a gate, start as they say themselves."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "learned" not in name and ".gate." not in name:
+            std = 0.02 / (2 * layers) ** 0.5 if "to_out" in name else 0.02
+            nn.init.normal_(parameter, std=std)
 
 
 class EncoderLM(DecoderLM):

@@ -20,6 +20,7 @@ from aftermax.lab.data.corpus import prepare as prepare_corpus
 from aftermax.lab.data.recall import TRAINING_TASKS
 from aftermax.lab.models import DecoderLM
 from aftermax.lab.work import Run, Work
+from aftermax.modules import auxiliary_loss
 
 MEMORY_BATCH = 4
 """Windows of the step whose memory is measured."""
@@ -78,12 +79,14 @@ def recall_rows(work: Work) -> int:
 
 
 def loss(model: DecoderLM, data: Batch, run: Run[Work]) -> tuple[Tensor, Tensor]:
-    """The mean text loss plus the mean recall loss; reported is the former."""
+    """The mean text loss, plus the mean recall loss and what the layers ask for (a commitment to
+    their codes); reported is the first."""
     logits = model.logits(model(data.tokens[:, :-1])).float()
     each = F.cross_entropy(logits.flatten(0, 1), data.tokens[:, 1:].flatten(), reduction="none")
     each = each.view_as(data.text)
     text = each[data.text].mean()
-    return text + each[data.answers].mean() if recall_rows(run.work) else text, text
+    recall = each[data.answers].mean() if recall_rows(run.work) else 0.0
+    return text + recall + auxiliary_loss(model), text
 
 
 def largest_step(run: Run[Work], model: DecoderLM, corpus: Corpus) -> Callable[[], object]:

@@ -18,6 +18,7 @@ a million times larger than an earlier one is felt by it, as rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ class DampedEMA(nn.Module):
         # three dimensions, as the authors have it: these are no matrices, which a recipe may draw
         # or decay
         shape = (width * (1 + bidirectional), dims, 1)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         signs = torch.where(torch.arange(dims) % 2 == 0, 1.0, -1.0)[:, None]
         self.alpha = nn.Parameter(0.2 * torch.randn(shape, **factory))
         self.delta = nn.Parameter(0.2 * torch.randn(shape, **factory))
@@ -155,7 +156,7 @@ class DampedEMA(nn.Module):
             decay = (log_q * powers).exp()  # (width, N, tokens + 1)
             y = torch.einsum("wnt,bwn->bwt", out_of * decay[..., 1:], h)
             kernel = (out_of * into * decay[..., :-1]).sum(1)
-            rows.append(y + (piece * kernel if tokens == 1 else _convolved(piece, kernel)))
+            rows.append(y + (piece * kernel if tokens < 2 else _convolved(piece, kernel)))
             new = torch.einsum("wnt,bwt->bwn", into * decay[..., :-1].flip(-1), piece)
             h = decay[..., -1] * h + new
         y = torch.cat(rows, -1).transpose(1, 2) if rows else x.transpose(1, 2)
