@@ -584,8 +584,8 @@ def test_a_decoder_trains_its_codebooks_and_adds_their_loss():
     model = DecoderLM(work, arm("longvq", work), vocabulary=290).train()
     assert all(isinstance(attend, LongVQAttention) for attend in model.attentions)
     before = [attend.codebook.codes.clone() for attend in model.attentions]
-    tokens = torch.randint(290, (2, 31))
-    real = torch.ones(2, 30, dtype=torch.bool)
+    tokens = torch.randint(290, (3, 101))  # more keys than codes
+    real = torch.ones(3, 100, dtype=torch.bool)
     loss, reported = text.loss(
         model, text.Batch(tokens, real, ~real), Run(work, "longvq", 0, 1e-3, "train", "")
     )
@@ -596,6 +596,6 @@ def test_a_decoder_trains_its_codebooks_and_adds_their_loss():
     model.eval()
     with torch.no_grad():
         whole = model(tokens)
-        first, state = model.step(tokens[:, :9], model.init_state(2))
+        first, state = model.step(tokens[:, :9], model.init_state(3))
         rest, _ = model.step(tokens[:, 9:], state)
     assert_close(torch.cat([first, rest], 1), whole, rtol=1e-4, atol=1e-4)
