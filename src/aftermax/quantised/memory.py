@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -99,17 +100,21 @@ class Walk:
         Returns:
             Also the memory of all but the last w - 1 keys, where the call is causal.
         """
-        visible, keys, tokens = self.visible, self.keys, self.keys.length
         rows = list(pieces(self.query.shape[2], self._block_rows(2 * self.window)))
         spans = [self._near(start, stop) for start, stop in rows]
-        behind = [] if visible.causal else self._behind([high for _, high in spans], before)
+        last = max(spans[-1][0], self.keys.length - self.window + 1)
+        cut = _Cut(self.keys, [*(edge for span in spans for edge in span), last])
+        queries = self.query.split([stop - start for start, stop in rows], 2)
+        behind = (
+            [] if self.visible.causal else self._behind(cut, [high for _, high in spans], before)
+        )
         out, first = [], 0
         for block, ((start, stop), (low, high)) in enumerate(zip(rows, spans, strict=True)):
-            before, first = before.add(keys.part(first, low)), low
+            before, first = before.add(cut.part(first, low)), low
             memory = before.plus(behind[block]) if behind else before
-            out.append(self._rows(start, stop, low, high, memory))
-        last = max(first, tokens - self.window + 1)
-        return torch.cat(out, -2), before.add(keys.part(first, last))
+            near = cut.part(low, high)
+            out.append(self._rows(queries[block], near, start, stop, low, high, memory))
+        return torch.cat(out, -2), before.add(cut.part(first, last))
 
     def pair_by_pair(self) -> Tensor:
         """The same in O(T^2), whatever each query sees."""
@@ -120,14 +125,16 @@ class Walk:
         for start, stop in rows:
             low, high = self.visible.span(start, stop, tokens)
             if again:
-                out.append(
-                    checkpoint(self._rows, start, stop, low, high, None, use_reentrant=False)
-                )
+                out.append(checkpoint(self._pairs, start, stop, low, high, use_reentrant=False))
             else:
-                out.append(self._rows(start, stop, low, high, None))
+                out.append(self._pairs(start, stop, low, high))
         return torch.cat(out, -2)
 
-    def _behind(self, firsts: list[int], like: Memory) -> list[Memory]:
+    def _pairs(self, start: int, stop: int, low: int, high: int) -> Tensor:
+        query, keys = self.query[:, :, start:stop], self.keys.part(low, high)
+        return self._rows(query, keys, start, stop, low, high, None)
+
+    def _behind(self, cut: _Cut, firsts: list[int], like: Memory) -> list[Memory]:
         """For each of `firsts`, the memory of the keys from it on."""
         memory = Memory(
             torch.zeros_like(like.sums),
@@ -136,7 +143,7 @@ class Walk:
         )
         behind, last = [], self.keys.length
         for first in reversed(firsts):
-            memory, last = memory.add(self.keys.part(first, last)), first
+            memory, last = memory.add(cut.part(first, last)), first
             behind.append(memory)
         return behind[::-1]
 
@@ -156,9 +163,17 @@ class Walk:
         # rows of a block meet each other's windows: more than w of them would be more work
         return min(most, max(self.window, 64)) if linear else most
 
-    def _rows(self, start: int, stop: int, low: int, high: int, memory: Memory | None) -> Tensor:
+    def _rows(
+        self,
+        query: Tensor,
+        keys: Keys,
+        start: int,
+        stop: int,
+        low: int,
+        high: int,
+        memory: Memory | None,
+    ) -> Tensor:
         """Rows [start, stop) over the keys [low, high) and the memory of others."""
-        query, keys = self.query[:, :, start:stop], self.keys.part(low, high)
         heads, device = query.shape[1], query.device
         rows = self.visible.rows(start, stop, (low, high), device, query.dtype)
         rows = rows._replace(visible=rows.visible & _of_heads(keys.seen, heads)[:, :, None])
@@ -203,6 +218,48 @@ class Walk:
             bad = bad | _of_heads(memory.flawed, heads)[..., None]
             sees = sees | (_of_heads(memory.counts, heads) > 0).any(-1, keepdim=True)
         return (bad | (sees & ~self.sound[:, :, start:stop]))[..., None]
+
+
+class _Cut:
+    """Keys cut at these edges, once for all blocks: were each cut out of the whole by an index, the
+    backward pass would add up a gradient of the whole length for each, O(T²) in all."""
+
+    def __init__(self, keys: Keys, edges: list[int]):
+        edges = sorted({0, keys.length, *edges})
+        self.keys, self.place = keys, {edge: number for number, edge in enumerate(edges)}
+        sizes = [high - low for low, high in pairwise(edges)]
+        through = keys.through
+        self.pieces = (
+            [
+                Keys(*parts)
+                for parts in zip(
+                    keys.codes.split(sizes, -1),
+                    keys.value.split(sizes, -2),
+                    keys.seen.split(sizes, -1),
+                    keys.flawed.split(sizes, -1),
+                    [None] * len(sizes) if through is None else through.split(sizes, -2),
+                    strict=True,
+                )
+            ]
+            if sizes
+            else []
+        )
+
+    def part(self, low: int, high: int) -> Keys:
+        """The keys [low, high), two of the edges."""
+        if low >= high:
+            return self.keys.part(low, low)
+        parts = self.pieces[self.place[low] : self.place[high]]
+        if len(parts) == 1:
+            return parts[0]
+        through = [part.through for part in parts if part.through is not None]
+        return Keys(
+            torch.cat([part.codes for part in parts], -1),
+            torch.cat([part.value for part in parts], -2),
+            torch.cat([part.seen for part in parts], -1),
+            torch.cat([part.flawed for part in parts], -1),
+            torch.cat(through, -2) if through else None,
+        )
 
 
 def _of_heads(x: Tensor, heads: int) -> Tensor:
