@@ -11,7 +11,7 @@ LIBRARY := $(KERNELS)/libaftermax.so
 DOOR := $(wildcard tests/test_hf*.py)
 NATIVE := CMakeLists.txt $(wildcard $(KERNELS)/cpu/*)
 
-.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear bench-mqar bench-output bench-hf bench-trees docs figures clean
+.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear bench-longvq bench-mqar bench-output bench-hf bench-trees docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
 	$(BIN)/aftermax compare quick
@@ -56,6 +56,9 @@ bench-attention: .venv/lab.done kernels  ## attention on the kernels against tor
 
 bench-linear: .venv/lab.done kernels  ## the linear walk against chunk loops in torch, and against T
 	$(BIN)/python benchmarks/linear.py
+
+bench-longvq: .venv/lab.done kernels  ## what the codebook of LongVQ remembers, and what it costs
+	$(BIN)/python benchmarks/longvq.py
 
 bench-mqar: .venv/lab.done kernels  ## recall against the size of the state, one block for all mixers
 	$(BIN)/python benchmarks/mqar.py

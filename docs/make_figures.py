@@ -7,6 +7,7 @@
     python benchmarks/rows.py --save docs/results/rows.json
     python benchmarks/attention.py --save docs/results/attention.json
     python benchmarks/linear.py --save docs/results/linear.json
+    python benchmarks/longvq.py --save docs/results/longvq.json
     python benchmarks/mqar.py --save docs/results/mqar.json
     python benchmarks/output.py --save docs/results/output.json
     python benchmarks/soft_topk.py --save docs/results/soft_topk.json
@@ -38,6 +39,7 @@ import kernel_results
 import label_sets
 import labels_results
 import linear_results
+import longvq_results
 import matplotlib
 import outlier_results
 import output_results
@@ -64,6 +66,7 @@ PAGES = (
     DOCS / "kernels.md",
     DOCS / "attention_kernels.md",
     DOCS / "linear.md",
+    DOCS / "longvq.md",
     DOCS / "output.md",
     DOCS / "images.md",
     DOCS / "labels.md",
@@ -163,6 +166,17 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "linear-machine": measured(
         linear_results.LINEAR, lambda: kernel_results.machine(linear_results.LINEAR)
     ),
+    **{
+        f"longvq-{name}": measured(longvq_results.LONGVQ, block)
+        for name, block in {
+            "recall": longvq_results.longvq_recall,
+            "gap": longvq_results.longvq_largest_gap,
+            "time": longvq_results.longvq_time,
+            "state": longvq_results.longvq_state,
+            "perplexity": longvq_results.longvq_perplexity,
+            "machine": lambda: kernel_results.machine(longvq_results.LONGVQ),
+        }.items()
+    },
     "soft-topk-operators": measured(labels_results.SOFT_TOPK, labels_results.soft_topk_operators),
     "soft-topk-lengths": measured(labels_results.SOFT_TOPK, labels_results.soft_topk_lengths),
     "soft-topk-machine": measured(
@@ -264,6 +278,8 @@ def main() -> None:
                 ours["attention_memory"] = kernel_results.attention_memory()
             if linear_results.LINEAR.exists():
                 ours["linear_lengths"] = linear_results.linear_lengths()
+            if longvq_results.LONGVQ.exists():
+                ours["longvq_recall"] = longvq_results.longvq_recall_figure()
             if output_results.OUTPUT.exists():
                 ours["output_steps"] = output_results.output_figure()
         plots.save(ours, DOCS / "figures")
