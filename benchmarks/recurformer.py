@@ -29,7 +29,6 @@ FOLDER of --models keeps the trained base models. What the file already holds is
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from dataclasses import dataclass
@@ -107,9 +106,7 @@ def short(seed: int, step: int) -> tuple[Tensor, Tensor]:
     return problems.around(torch.zeros(64, 0, dtype=torch.int64))
 
 
-def mixed(
-    corpus: Corpus, split: str, count: int, generator: torch.Generator, full: float = 1.0
-):
+def mixed(corpus: Corpus, split: str, count: int, generator: torch.Generator, full: float = 1.0):
     """HashHop around text, half of it of one hop and half of two: tokens and what is asked.
 
     Args:
@@ -199,7 +196,13 @@ def base(
         model.load_state_dict(load_file(file))
     else:
         seconds = train(model, lambda step: short(seed, step), budget.first, RATE, 50, 0.9)
-        seconds += train(model, lambda step: both(corpus, seed, step, min(1.0, step / (0.3 * budget.both))), budget.both, RATE, 50)
+        seconds += train(
+            model,
+            lambda step: both(corpus, seed, step, min(1.0, step / (0.3 * budget.both))),
+            budget.both,
+            RATE,
+            50,
+        )
         save_file(model.state_dict(), file)
         console.print(f"base {seed}: {seconds:.0f} s")
     if seed not in [line["seed"] for line in record.lines("base")]:

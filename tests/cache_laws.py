@@ -44,7 +44,8 @@ def law_cache_steps(entry: Entry) -> None:
         for i in range(prompt, TOKENS):
             out.append(cache.step(*(x[:, :, i] for x in case[:3])).unsqueeze(2))
             assert cache.length == i + 1
-            held = [x for part in parts_of(cache.state) for x in tensors_of(part).values()]
+            parts = [p for part in parts_of(cache.state) for p in getattr(part, "parts", [part])]
+            held = [x for part in parts for x in tensors_of(part).values()]
             assert cache.bytes >= sum(x.numel() * x.element_size() for x in held) > 0
         assert_close(torch.cat(out, 2), whole, **EXACT)
 

@@ -334,6 +334,28 @@ def soft(normalised: bool, landmarks: int = 49, ridge: float = 0.01) -> Callable
     return attend
 
 
+def side_by_side(first: Callable[..., Tensor], second: Callable[..., Tensor]):
+    """arXiv 2410.12850: the first half of the KV groups, rounded up, and the others."""
+
+    def attend(query, key, value, visible, *, bias=None, **options) -> Tensor:
+        kv_heads = key.shape[1]
+        group = query.shape[1] // kv_heads
+        outs = []
+        for g in range(kv_heads):
+            mine = slice(g * group, (g + 1) * group)
+            walk = first if g < math.ceil(kv_heads / 2) else second
+            part = None if bias is None else bias[:, mine]
+            outs.append(
+                walk(
+                    query[:, mine], key[:, g : g + 1], value[:, g : g + 1], visible[:, mine],
+                    bias=part, **options,
+                )
+            )  # fmt: skip
+        return torch.cat(outs, 1)
+
+    return attend
+
+
 NAIVE: dict[str, Callable[..., Tensor]] = {
     "softmax": dense(softmax),
     "log-n": dense(log_n),
@@ -359,6 +381,7 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
     "inline": dense(inline),
     "normalised": dense(normalised),
     "sparsek": sparsek(16, 16),
+    "recurformer": side_by_side(dense(softmax), dense(linear)),
     "soft": soft(normalised=False),
     "soft-norm": soft(normalised=True),
     "longvq": dense(vector_quantised),

@@ -161,7 +161,8 @@ def test_a_state_is_a_value_in_float32_that_beams_can_pick_from():
     assert isinstance(picked, MambaState)
     assert torch.equal(picked.sums, state.sums[[2, 0, 0, 1]])
     assert torch.equal(picked.recent, state.recent[[2, 0, 0, 1]])
-    assert not (m.can_truncate or m.can_merge)
+    assert not m.can_truncate
+    assert not m.can_merge
 
 
 def test_it_starts_from_the_values_of_the_heads():

@@ -15,6 +15,9 @@ from aftermax.dense import Dense, KeyValues, System
 # the same as h_i = Lambda_i h_{i-1} + B_i u_i, y_i = C_i h_i + D_i u_i
 from aftermax.dynamics import DynamicalSystem, as_dynamical_system
 
+# heads of several kinds in one layer
+from aftermax.hybrid import MambaHeads, RecurFormer, RecurFormerAttention, SinkWindow
+
 # the same with a state of one size, and the modules of its papers
 from aftermax.linear import (
     CosFormer,
@@ -124,6 +127,7 @@ __all__ = [
     "LogSphericalLoss",
     "LogTaylorLoss",
     "LongVQAttention",
+    "MambaHeads",
     "NoPositions",
     "Normalised",
     "NormalisedAttention",
@@ -131,11 +135,14 @@ __all__ = [
     "OfSystem",
     "ReLA",
     "ReLUPower",
+    "RecurFormer",
+    "RecurFormerAttention",
     "RoPE",
     "RowMap",
     "SOFTAttention",
     "ScaleInvariantSoftmax",
     "Sigmoid",
+    "SinkWindow",
     "Softmax",
     "SoftmaxOne",
     "SoftmaxSink",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aftermax.entry import Entry
+from aftermax.hybrid import recurformer
 from aftermax.linear import cosformer, cottention, elu, inline, normalised, transnormer
 from aftermax.lowrank import soft
 from aftermax.sparse import sparsek
@@ -35,6 +36,7 @@ CATALOGUE: tuple[Entry, ...] = (
     inline.ENTRY,
     normalised.ENTRY,
     sparsek.ENTRY,
+    recurformer.ENTRY,
     soft.ENTRY,
     soft.NORMALISED,
     longvq.ENTRY,

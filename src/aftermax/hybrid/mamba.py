@@ -290,7 +290,7 @@ class MambaHeads(nn.Module):
             a = -self.log_minus_a.to(state.sums.dtype).exp()
             y, sums = selective_scan(u, delta, a, b, c, state.sums, form=form)
             y = y + self.skip.to(y.dtype) * u
-        out = self.to_out((y.to(gate.dtype) * F.silu(gate)))
+        out = self.to_out(y.to(gate.dtype) * F.silu(gate))
         recent = held[:, held.shape[1] - (self.conv - 1) :]
         new = replace(state, sums=sums, recent=recent.clone(), length=state.length + x.shape[1])
         return out.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2), new

@@ -457,5 +457,6 @@ ENTRY = Entry(
         "head_independence": "what a head is depends on its place: the first half attends",
         "grouped_queries": "whole KV groups are replaced: repeated heads are other groups",
     },
+    module=RecurFormerAttention,
     claim="The model's quality with the heads that look near by replaced by Mamba (HashHop alone).",
 )

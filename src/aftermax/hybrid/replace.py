@@ -59,7 +59,9 @@ def replace_heads(
     check_with(with_, sizes)
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, Attention)]
     check_plan(plan, [m.kv_heads for _, m in found])
-    touched = [(n, m, groups) for (n, m), groups in zip(found, plan.replaced, strict=True) if groups]
+    touched = [
+        (n, m, groups) for (n, m), groups in zip(found, plan.replaced, strict=True) if groups
+    ]
     for name, module, _ in touched:
         if type(module) is not Attention or not isinstance(module.system, Dense):
             raise ValueError(
@@ -119,7 +121,11 @@ def with_mamba(attend: Attention, groups: Sequence[int], **sizes: int) -> RecurF
         dtype=attend.to_query.weight.dtype,
         **sizes,
     )
-    for name, heads in {"to_query": new.kept_heads, "to_key": new.kept, "to_value": new.kept}.items():
+    for name, heads in {
+        "to_query": new.kept_heads,
+        "to_key": new.kept,
+        "to_value": new.kept,
+    }.items():
         if heads:
             setattr(new, name, rows_of_heads(getattr(attend, name), heads, attend.head_dim))
     new.to_out = copy.deepcopy(attend.to_out)

@@ -286,5 +286,3 @@ class SinkWindow:
                 )
             )
         return torch.cat(out, -2)
-
-
