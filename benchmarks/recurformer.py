@@ -1,4 +1,4 @@
-"""RecurFormer's claim, audited: are the heads that look near by the ones that a recurrence can replace?
+"""RecurFormer's claim, audited: are the heads that look near by those that can be replaced?
 
     python benchmarks/recurformer.py --models FOLDER --save docs/results/recurformer.json
     python benchmarks/recurformer.py --only smol --smol FOLDER --save docs/results/recurformer.json
@@ -29,6 +29,7 @@ FOLDER of --models keeps the trained base models. What the file already holds is
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aftermax.hybrid.recency import measure_recency
+from aftermax import Cache
+from aftermax.hybrid.recency import measure_recency, plan_of
+from aftermax.hybrid.replace import distil_heads, replace_heads
 from aftermax.lab.data.corpus import Corpus, prepare
 from aftermax.lab.data.hashhop import token_problems
 from aftermax.lab.models import DecoderLM
@@ -87,10 +90,12 @@ def main() -> None:
     if record.results.setdefault("about", about) != about:
         raise SystemExit(f"{options.save} was made with {record.results['about']}: another file")
     corpus = prepare(None, "bytes", 256, CONTEXT + 1, CONTEXT + 1, options.models / "corpus")
-    for seed in SEEDS:
-        if options.only == "smol":
-            break
-        base(seed, corpus, options.models, budget, record, console)
+    for seed in SEEDS if options.only != "smol" else ():
+        model = base(seed, corpus, options.models, budget, record, console)
+        bench = Bench(seed, model, corpus, budget, record, console)
+        for section in ("window", "linear", "mamba"):
+            if options.only in (None, section):
+                bench.run(section)
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -227,6 +232,68 @@ def measure(model: DecoderLM, corpus: Corpus):
     """Recency over the split that is kept for choosing."""
     tokens, _ = mixed(corpus, "tune", 64, torch.Generator().manual_seed(7))
     return measure_recency(model, [tokens[:, :-1]], ALPHA, drop_sink=DROP_SINK)
+
+
+# ---- the ablation ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The base model of a seed, and all that is done to copies of it."""
+
+    seed: int
+    model: DecoderLM
+    corpus: Corpus
+    budget: Budget
+    record: Record
+    console: Console
+
+    def run(self, section: str) -> None:
+        if section == "mamba":
+            self.one(section, 0.0, "none")
+        for share in SHARES:
+            for pick in PICKS:
+                self.one(section, share, pick)
+
+    def one(self, section: str, share: float, pick: str) -> None:
+        """A copy with these heads replaced: scored as it is, taught, trained on, scored again."""
+        of = {"seed": self.seed, "share": share, "pick": pick}
+        if any(of.items() <= line.items() for line in self.record.lines(section)):
+            return
+        start = time.thread_time()
+        pupil = copy.deepcopy(self.model)
+        line: dict = of
+        if pick != "none":
+            base = next(x for x in self.record.lines("base") if x["seed"] == self.seed)
+            plan = plan_of(torch.tensor(base["recency"]), share, pick=pick, seed=self.seed)
+            torch.manual_seed(self.seed)
+            replace_heads(pupil, plan, section, sinks=SINKS, window=WINDOW)
+            line |= {"replaced": plan.replaced, "untrained": score(pupil, self.corpus)}
+        line["cache"] = cache_bytes(pupil)
+        if section == "mamba" and pick != "none":
+            batches = [self.batch(-1 - n)[0][:, :-1] for n in range(self.budget.distil)]
+            errors = distil_heads(pupil, self.model, batches, learning_rate=DISTIL_RATE)
+            means = [sum(error.values()) / len(error) for error in errors]
+            line |= {"missed": [means[0], means[-1]], "distilled": score(pupil, self.corpus)}
+        if section == "mamba" or (section == "linear" and share == 0.5):
+            train(pupil, self.batch, self.budget.continued, CONTINUED_RATE, 20)
+            line["trained"] = score(pupil, self.corpus)
+        line["seconds"] = time.thread_time() - start
+        self.record.add(section, line, tuple(of))
+        told = {k: f"{v['recall']:.3f}" for k, v in line.items() if isinstance(v, dict)}
+        self.console.print(f"{section} {of} {told} {line['seconds']:.0f} s")
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Text and problems that no base model has seen."""
+        return both(self.corpus, self.seed, 50_000 + step)
+
+
+@torch.no_grad()
+def cache_bytes(model: DecoderLM) -> int:
+    """What the model holds after one sequence of the length of the context."""
+    cache = Cache(model)
+    cache.append(torch.zeros(1, CONTEXT, dtype=torch.int64))
+    return cache.bytes
 
 
 if __name__ == "__main__":

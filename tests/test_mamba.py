@@ -127,8 +127,11 @@ def test_piece_by_piece_equals_the_whole(cuts):
 
 
 @given(
-    left=st.integers(0, 6), hole=st.booleans(), cut=st.integers(1, 11), flaw=st.sampled_from([9.0, math.nan])
-)  # fmt: skip
+    left=st.integers(0, 6),
+    hole=st.booleans(),
+    cut=st.integers(1, 11),
+    flaw=st.sampled_from([9.0, math.nan]),
+)
 def test_padding_counts_for_nothing_whatever_it_holds(left, hole, cut, flaw):
     m, x = block(), torch.randn(2, 12, 6, dtype=F64, generator=torch.Generator().manual_seed(3))
     seen = torch.ones(2, 12, dtype=torch.bool)

@@ -88,56 +88,58 @@ class _Scan(torch.autograd.Function):
     """The chunked form. With l_t the gradient of the loss in s_t::
 
     l_t = g_t c_t + exp(delta_{t+1} a) l_{t+1}
+
+    Inside, states are (L, B, N, C): time first, so that one token is one piece of memory, and
+    channels last, so that what all numbers of a channel share is read along with them.
     """
 
     @staticmethod
     def forward(ctx, u, delta, a, b, c, state):
-        starts, out = [], []
+        state, turned = state.mT.contiguous(), a.T.contiguous()
+        starts, out, room = [], [], _Room(u, a)
         for start in range(0, u.shape[1], CHUNK):
             starts.append(state)
             part = _of_chunk(start, u, delta, b, c)
-            states, _ = _states(part, a, state)
-            out.append((states @ part.c[..., None])[..., 0])
-            state = states[-1].clone()  # not a view that keeps the whole chunk
+            states, _ = room.states(part, turned, state)
+            out.append((part.c[:, :, None] @ states)[:, :, 0])
+            state = states[-1].clone()  # the room is used again
         ctx.save_for_backward(u, delta, a, b, c, *starts)
-        return torch.cat(out).transpose(0, 1), state
+        return torch.cat(out).transpose(0, 1), state.mT.contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_state):
         u, delta, a, b, c, *starts = ctx.saved_tensors
+        turned, room = a.T.contiguous(), _Room(u, a)
         grads = [torch.empty_like(x) for x in (u, delta, b, c)]
-        grad_a, later = torch.zeros_like(a), grad_state
+        grad_a, later = torch.zeros_like(turned), grad_state.mT.contiguous()
         for number in reversed(range(len(starts))):
             start = number * CHUNK
             part = _of_chunk(start, u, delta, b, c)
-            states, decay = _states(part, a, starts[number])
-            upstream = grad[:, start : start + CHUNK].transpose(0, 1)  # (L, B, C)
-            into = upstream[..., None] * part.c[:, :, None]  # becomes l
-            into[-1] += later
+            states, decay = room.states(part, turned, starts[number])
+            upstream = grad[:, start : start + CHUNK].transpose(0, 1).contiguous()  # (L, B, C)
+            into = torch.mul(part.c[..., None], upstream[:, :, None], out=room.third(len(states)))
+            into[-1] += later  # and so on: it becomes l
             for t in range(len(into) - 2, -1, -1):
                 into[t].addcmul_(decay[t + 1], into[t + 1])
             later = decay[0] * into[0]
-            before = torch.cat([starts[number][None], states[:-1]])
-            of_decay = before.mul_(decay).mul_(into)  # of delta a
-            of_new = (into @ part.b[..., None])[..., 0]  # of delta u
-            grad_a += torch.einsum("lbcn,lbc->cn", of_decay, part.delta)
-            parts = (
-                part.delta * of_new,
-                part.u * of_new + torch.einsum("lbcn,cn->lbc", of_decay, a),
-                ((part.delta * part.u)[:, :, None] @ into)[:, :, 0],
-                (upstream[:, :, None] @ states)[:, :, 0],
-            )
+            of_c = (states @ upstream[..., None])[..., 0]
+            of_new = (part.b[:, :, None] @ into)[:, :, 0]  # of delta u
+            of_b = (into @ (part.delta * part.u)[..., None])[..., 0]
+            of_decay = decay.mul_(into)  # and by the state before: of delta a
+            of_decay[0] *= starts[number]
+            of_decay[1:] *= states[:-1]
+            of_delta = torch.mul(of_decay, turned, out=states).sum(-2)
+            grad_a += of_decay.mul_(part.delta[:, :, None]).sum((0, 1))
+            parts = (part.delta * of_new, part.u * of_new + of_delta, of_b, of_c)
             for whole, piece in zip(grads, parts, strict=True):
                 whole[:, start : start + CHUNK] = piece.transpose(0, 1)
         grad_u, grad_delta, grad_b, grad_c = grads
-        return grad_u, grad_delta, grad_a, grad_b, grad_c, later
+        return grad_u, grad_delta, grad_a.T, grad_b, grad_c, later.mT
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Time first, so that one token is one piece of memory."""
-
     u: Tensor  # (L, B, C)
     delta: Tensor  # (L, B, C)
     b: Tensor  # (L, B, N)
@@ -148,14 +150,26 @@ def _of_chunk(start: int, *tensors: Tensor) -> _Chunk:
     return _Chunk(*(x[:, start : start + CHUNK].transpose(0, 1).contiguous() for x in tensors))
 
 
-def _states(part: _Chunk, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """All states of a chunk (L, B, C, N), and the decays that led to them."""
-    decay = torch.exp(part.delta[..., None] * a)
-    states = (part.delta * part.u)[..., None] * part.b[:, :, None]
-    for t in range(len(states)):
-        states[t].addcmul_(decay[t], state)
-        state = states[t]
-    return states, decay
+class _Room:
+    """Memory that chunk after chunk is written to: fresh pages would cost more than the sums."""
+
+    def __init__(self, u: Tensor, a: Tensor):
+        batch, tokens, channels = u.shape
+        shape = (3, min(CHUNK, tokens), batch, a.shape[1], channels)
+        self.room = u.new_empty(shape)
+
+    def third(self, tokens: int) -> Tensor:
+        return self.room[2, :tokens]
+
+    def states(self, part: _Chunk, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """All states of a chunk (L, B, N, C), and the decays that led to them."""
+        states, decay = self.room[0, : len(part.u)], self.room[1, : len(part.u)]
+        torch.mul(part.delta[:, :, None], a, out=decay).exp_()
+        torch.mul(part.b[..., None], (part.delta * part.u)[:, :, None], out=states)
+        for t in range(len(states)):
+            states[t].addcmul_(decay[t], state)
+            state = states[t]
+        return states, decay
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Only the paper's abstract could be read here; the normalisation is ours, and so 
 that keep the number honest:
 
 - queries that see no more than alpha keys are left out, whose sum is 1 whatever the head does;
-- `uniform_ratio` is what a head that looks at all alike would have: 0.25 at alpha = n/10, for any n;
+- `uniform_ratio` is what a head that looks at all alike would have: 0.255 at alpha = n/10, any n;
 - `drop_sink` = s takes the first s keys out and lets the rest sum to 1. Heads that rest on the
   first token look neither far nor near by, and without this they count as far.
 

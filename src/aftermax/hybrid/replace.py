@@ -1,4 +1,4 @@
-"""Heads of a trained model replaced, in place; the replaced heads taught by those that were there."""
+"""Heads of a trained model replaced, in place, and taught by those that were there."""
 
 from __future__ import annotations
 
