@@ -286,3 +286,68 @@ def _shown(modules: dict[str, Any]) -> Iterator[dict[str, tuple[Tensor, Tensor]]
     finally:
         for handle in handles:
             handle.remove()
+
+
+# ---- what is kept ------------------------------------------------------------------------------
+
+
+def cache_bytes(
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    replaced: int,
+    with_: With = "mamba",
+    *,
+    batch: int = 1,
+    element: int = 4,
+    expand: int = 1,
+    state: int = 16,
+    conv: int = 4,
+    sinks: int = 4,
+    window: int = 64,
+) -> int:
+    """Bytes that a layer of this library holds after so many tokens, with `replaced` of its KV
+    groups replaced; what is summed up is float32 whatever the `element` is.
+
+    To the numbers that `aftermax.hybrid.recurformer` counts come marks of padding: a byte a token,
+    and for the sinks their positions, 8 bytes each.
+
+    >>> cache_bytes(1024, 32, 8, 128, 0, element=2), cache_bytes(1024, 32, 8, 128, 4, element=2)
+    (4195328, 2241536)
+    """
+    kept = kv_heads - replaced
+    total = (2 * kept * head_dim * element + 1) * tokens if kept else 0
+    if replaced and with_ == "mamba":
+        channels = replaced * (heads // kv_heads) * head_dim * expand
+        total += channels * (state * 4 + (conv - 1) * element)
+    if replaced and with_ == "window":
+        recent = min(tokens, window - 1)
+        total += 2 * replaced * head_dim * element * (sinks + recent) + 8 * sinks + recent
+    if replaced and with_ == "linear":
+        total += replaced * (head_dim * (head_dim + 1) * max(4, element) + 1) + 8
+    return batch * total
+
+
+def share_saved(
+    tokens: int,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    share: float,
+    expand: int = 1,
+    state: int = 16,
+    conv: int = 4,
+) -> float:
+    """Of the numbers in a key-value cache, what Mamba for a share of the groups saves, with a block
+    that holds `conv` columns, as its authors' does::
+
+        1 - (2 Hkv (1 - share) D n + H share D expand (N + conv)) / (2 Hkv D n)
+
+    >>> round(share_saved(1024, heads=32, kv_heads=32, head_dim=128, share=0.9), 3)
+    0.891
+    """
+    kept = 2 * kv_heads * (1 - share) * head_dim * tokens
+    block = heads * share * head_dim * expand * (state + conv)
+    return 1 - (kept + block) / (2 * kv_heads * head_dim * tokens)
