@@ -12,7 +12,9 @@ from aftermax.hf.convert import convert, load, make_recurrent
 from aftermax.hf.distil import Distilled, distil
 from aftermax.hf.door import register
 from aftermax.hf.loss import causal_lm_loss
+from aftermax.hf.recency import measure_recency
 from aftermax.hf.recurrent import recurrent_refusal
+from aftermax.hf.replace import distil_heads, replace_heads
 
 __all__ = [
     "Distilled",
@@ -22,8 +24,11 @@ __all__ = [
     "check",
     "convert",
     "distil",
+    "distil_heads",
     "load",
     "make_recurrent",
+    "measure_recency",
     "recurrent_refusal",
     "register",
+    "replace_heads",
 ]

@@ -192,6 +192,10 @@ def load(
         ValueError: as `convert`.
     """
     config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in WHERE if k in kwargs})
+    if getattr(config, "aftermax_replaced", None) and not attention:
+        from aftermax.hf.replace import load_replaced  # which is built on this module
+
+        return load_replaced(path, **kwargs)
     saved = getattr(config, SAVED, None) or []
     carried = getattr(config, CARRIED, None) or []
     steps = [{"attention": attention, "layers": layers}] if attention else saved

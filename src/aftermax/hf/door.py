@@ -198,8 +198,9 @@ def attend_as(
         learned["sink"] = sinks
         sinks = None
     _refuse(module, system, sinks, attention_mask, kwargs)
+    scaled = {"scale": scaling} if _is_scaled(system) else {}
     if held is not None:
-        options = {"dropout_p": dropout, **learned}
+        options = {"dropout_p": dropout, **scaled, **learned}
         out = held.attend(system, query, key, value, attention_mask, **options)
         return out.transpose(1, 2).contiguous(), None
     # some models say False where they mean "not by PyTorch's flag": beside a mask, for one query
@@ -219,9 +220,7 @@ def attend_as(
             f"{query.shape[-2]} queries to {key.shape[-2]} keys, and nothing says where they stand "
             "(cross-attention, a mask that is not causal, a compiled model with a static cache)"
         )
-    options: dict[str, Any] = {"enable_gqa": True, **learned}
-    if weights is not None and weights.prepare is scores.dot:
-        options["scale"] = scaling
+    options: dict[str, Any] = {"enable_gqa": True, **scaled, **learned}
     out = system.attend(query, key, value, visible, dropout_p=dropout, **options)
     rows = None
     if weights is not None and kwargs.get("output_attentions"):
@@ -233,6 +232,14 @@ def attend_as(
 def by_distance(system: System) -> bool:
     """Whether the system must know how far a key is from its query, beside what it sees."""
     return isinstance(getattr(system, "weights", system), BY_DISTANCE)
+
+
+def _is_scaled(system: System) -> bool:
+    """Whether it multiplies query and key, some heads at least, and so takes the model's scale."""
+    of = getattr(system, "dense", system)
+    return isinstance(weights := getattr(of, "weights", of), RowMap) and (
+        weights.prepare is scores.dot
+    )
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
