@@ -63,6 +63,8 @@ SHORTEST = 40
 ALPHA, DROP_SINK = 16, 1
 """Of the recency ratio."""
 WORK = Work(layers=3, width=128, heads=8, context=CONTEXT, multiples=(1,))
+SMOL_TOKENS, SMOL_WINDOWS, SMOL_ALPHA, SMOL_WINDOW = 1024, 3, 64, 64
+SMOL_DISTIL, SMOL_STEPS, SMOL_TRAIN_TOKENS, SMOL_RATE = 32, 16, 512, 1e-4
 RATE, CONTINUED_RATE, DISTIL_RATE = 3e-3, 1e-3, 3e-3
 
 
@@ -90,6 +92,8 @@ def main() -> None:
     if record.results.setdefault("about", about) != about:
         raise SystemExit(f"{options.save} was made with {record.results['about']}: another file")
     corpus = prepare(None, "bytes", 256, CONTEXT + 1, CONTEXT + 1, options.models / "corpus")
+    if options.smol is not None and options.only in (None, "smol"):
+        smol(options.smol, record, console)
     for seed in SEEDS if options.only != "smol" else ():
         model = base(seed, corpus, options.models, budget, record, console)
         bench = Bench(seed, model, corpus, budget, record, console)
@@ -286,6 +290,85 @@ class Bench:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Text and problems that no base model has seen."""
         return both(self.corpus, self.seed, 50_000 + step)
+
+
+# ---- SmolLM2 -----------------------------------------------------------------------------------
+
+
+def smol(folder: Path, record: Record, console: Console) -> None:
+    """The same order in a pretrained model: windows without training, then Mamba with a little."""
+    from conversion import Text, open_model  # which needs transformers
+
+    from aftermax import hf
+
+    model, tokenizer = open_model(folder)
+    text = Text(tokenizer, None)
+    kv_heads, start = model.config.num_key_value_heads, time.thread_time()
+    if not record.lines("smol"):
+        calibration = text.windows("tune", 4, SMOL_TOKENS)
+        recency = hf.measure_recency(model, calibration, SMOL_ALPHA, drop_sink=DROP_SINK)
+        plain = hf.measure_recency(model, calibration[:1], SMOL_ALPHA)
+        line = {"with": "nothing", "share": 0.0, "pick": "none", **smol_score(model, text)}
+        line |= {"recency": recency.mean.tolist(), "recency_sd": recency.sd.tolist()}
+        line |= {"uniform": recency.baseline, "recency_with_sink": plain.mean.tolist()}
+        line |= {"seconds": time.thread_time() - start}
+        record.add("smol", line, ("with", "share", "pick"))
+    ratios = torch.tensor(record.lines("smol")[0]["recency"])
+    asked = [("window", share, pick) for share in SHARES for pick in PICKS]
+    asked += [("window", 1.0, "top"), ("mamba", 0.25, "top"), ("mamba", 0.25, "bottom")]
+    asked += [("none", 0.0, "none"), ("mamba", 0.25, "random")]
+    for with_, share, pick in asked:
+        of = {"with": with_, "share": share, "pick": pick}
+        if any(of.items() <= line.items() for line in record.lines("smol")):
+            continue
+        start, line, pupil = time.thread_time(), dict(of), copy.deepcopy(model)
+        if with_ != "none":
+            plan = plan_of(ratios, share, kv_heads=kv_heads, pick=pick)
+            torch.manual_seed(0)
+            sizes = {"sinks": SINKS, "window": SMOL_WINDOW}
+            hf.replace_heads(pupil, plan, with_, **sizes)
+            line |= {"replaced": plan.replaced, **smol_score(pupil, text)}
+        if with_ == "mamba":
+            batches = text.drawn("train", SMOL_DISTIL, SMOL_TRAIN_TOKENS, 0)
+            errors = hf.distil_heads(pupil, model, batches, learning_rate=DISTIL_RATE)
+            means = [sum(error.values()) / len(error) for error in errors]
+            line |= {"missed": [means[0], means[-1]], "distilled": smol_score(pupil, text)["loss"]}
+        if with_ in ("mamba", "none"):
+            smol_train(pupil, text.drawn("train", SMOL_STEPS, SMOL_TRAIN_TOKENS, 1))
+            line["trained"] = smol_score(pupil, text)["loss"]
+        line["seconds"] = time.thread_time() - start
+        record.add("smol", line, tuple(of))
+        console.print({k: v for k, v in line.items() if k != "replaced"})
+
+
+def smol_train(model, batches: list[Tensor]) -> None:
+    optimiser = torch.optim.AdamW(model.parameters(), lr=SMOL_RATE, weight_decay=0.0)
+    model.train()
+    for step, tokens in enumerate(batches):
+        fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+        for group in optimiser.param_groups:
+            group["lr"] = SMOL_RATE * min(1.0, (step + 1) / 5) * fall
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+    model.eval()
+
+
+@torch.no_grad()
+def smol_score(model, text) -> dict[str, float]:
+    """Nats a token on held-out text, and the bytes of the cache after a window of it."""
+    total, held, windows = 0.0, 0, text.windows("validation", SMOL_WINDOWS, SMOL_TOKENS)
+    for window in windows:
+        out = model(input_ids=window, use_cache=True)
+        total += float(F.cross_entropy(out.logits[0, :-1], window[0, 1:]))
+        held = sum(_bytes_of(layer) for layer in out.past_key_values.layers)
+    return {"loss": total / len(windows), "cache": held}
+
+
+def _bytes_of(layer) -> int:
+    held = getattr(layer, "bytes", None)
+    return held if held is not None else layer.keys.nbytes + layer.values.nbytes
 
 
 @torch.no_grad()
