@@ -112,7 +112,8 @@ class MambaAttention(nn.Module):
         size: Any = attention.num_key_value_groups
         kept, replaced = heads_of(kept_groups, size), heads_of(tuple(groups), size)
         to_value: nn.Linear = attention.v_proj  # type: ignore[assignment]
-        self.layer_idx, self.head_dim = attention.layer_idx, width
+        number: Any = attention.layer_idx
+        self.layer_idx, self.head_dim = number, width
         self.is_causal = True
         self.order, self.kept, self.replaced = (*kept, *replaced), kept, replaced
         weight = to_value.weight
@@ -120,7 +121,7 @@ class MambaAttention(nn.Module):
         self.mamba = MambaHeads(weight.shape[1], len(replaced), width, **sizes, **factory)
         if self.mamba.expand == 1:
             self.mamba.start_from_values(values_of(weight, groups, size)(width))
-        self.o_proj = attention.o_proj
+        self.o_proj: Any = attention.o_proj
         self.attention = None
         if kept:
             config = getattr(attention, "config", None)  # the model's own: it says what runs

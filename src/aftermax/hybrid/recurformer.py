@@ -320,8 +320,8 @@ class RecurFormerAttention(Attention):
         self.replaced_heads = heads_of(self.replaced, size)
         self.order = (*self.kept_heads, *self.replaced_heads)
         self._keep()
-        factory = {name: options.get(name) for name in ("device", "dtype")}
-        sizes = {"expand": expand, "state": state, "conv": conv}
+        factory: Any = {name: options.get(name) for name in ("device", "dtype")}
+        sizes: Any = {"expand": expand, "state": state, "conv": conv}
         self.mamba = None
         if self.replaced:
             count = len(self.replaced_heads)
@@ -447,10 +447,10 @@ ENTRY = Entry(
     formula="softmax for some KV groups, a state of one size for the others",
     paper="Yan et al. 2024",
     arxiv="2410.12850",
-    score="dot / √d | φ(q)·φ(k)",
-    positivity="exp | elu + 1",
+    score="dot / √d, φ(q)·φ(k)",
+    positivity="exp, elu + 1",
     normaliser="row sum",
-    walk="dense | linear",
+    walk="dense, linear",
     laws=Laws(rows_sum_to_one=True, rows_at_most_one=True),
     exceptions=EXCEPTIONS
     | {

@@ -130,7 +130,8 @@ def with_mamba(attend: Attention, groups: Sequence[int], **sizes: int) -> RecurF
             setattr(new, name, rows_of_heads(getattr(attend, name), heads, attend.head_dim))
     new.to_out = copy.deepcopy(attend.to_out)
     if new.kept:
-        new.query_norm, new.key_norm = map(copy.deepcopy, (attend.query_norm, attend.key_norm))
+        for name in ("query_norm", "key_norm"):
+            setattr(new, name, copy.deepcopy(getattr(attend, name)))
     for name, x in attend.learned.items():
         new.learned[name] = nn.Parameter(x.detach()[list(new.kept_heads)])
     if new.mamba is not None and new.mamba.expand == 1:

@@ -124,11 +124,10 @@ class SinkWindow:
         value_dim: int,
         *,
         start: int = 0,
-        device=None,
-        dtype=None,
+        **factory,
     ) -> WindowState:
         """The state before the first token, which stands at `start`."""
-        factory = {"device": device, "dtype": dtype}
+        device = factory.get("device")
         return WindowState(
             torch.zeros(batch, kv_heads, self.sinks, key_dim, **factory),
             torch.zeros(batch, kv_heads, self.sinks, value_dim, **factory),
