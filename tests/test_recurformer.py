@@ -254,6 +254,8 @@ def test_from_the_catalogue_a_decoder_gets_the_block():
     model = DecoderLM(work, work.arm("recurformer"), 50)
     assert [type(layer) for layer in model.attentions] == [RecurFormerAttention] * 2
     assert model.attentions[0].replaced == (2, 3)
+    decay = model.attentions[0].mamba.log_minus_a.exp()  # not drawn over by the decoder's own
+    assert_close(decay, torch.arange(1.0, 17).expand(16, -1))
     tokens = torch.randint(50, (2, 9))
     cache = Cache(model, batch=2)
     pieces = [cache.append(tokens[:, :4]), cache.append(tokens[:, 4:])]

@@ -153,11 +153,14 @@ class DecoderLM(nn.Module):
         return self.norm(x), new
 
 
+STARTS_ITSELF = {"learned", "gate", "mamba", "score", "memory"}
+"""Parts of a model whose matrices start as they say themselves."""
+
+
 def _initialise(model: nn.Module, layers: int) -> None:
-    """Normal(0, 0.02), smaller where a branch ends: GPT-2's initialisation. What a system learns,
-    and a gate, start as they say themselves."""
+    """Normal(0, 0.02), smaller where a branch ends: GPT-2's initialisation."""
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "learned" not in name and ".gate." not in name:
+        if parameter.ndim == 2 and not STARTS_ITSELF & set(name.split(".")):
             std = 0.02 / (2 * layers) ** 0.5 if "to_out" in name else 0.02
             nn.init.normal_(parameter, std=std)
 
