@@ -1,4 +1,5 @@
-"""The code of the README, and of the pages on serving and on Hugging Face, runs as a test."""
+"""The code of the README, and of the pages on serving, on Hugging Face and on RecurFormer, runs as
+a test."""
 
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -30,6 +31,7 @@ pytest_collect_file = Sybil(
         "docs/serving.md",
         "docs/huggingface.md",
         "docs/huggingface_examples.md",
+        "docs/recurformer.md",
     ],
     document_types={".md": Page},
 ).pytest()

@@ -12,6 +12,7 @@
     python benchmarks/output.py --save docs/results/output.json
     python benchmarks/soft_topk.py --save docs/results/soft_topk.json
     python benchmarks/label_trees.py --save docs/results/label_trees.json
+    python benchmarks/recurformer.py --save docs/results/recurformer.json
     aftermax compare standard --task labels --out aftermax-tags
     aftermax export --out aftermax-tags --to docs/results/labels_tags.parquet
     aftermax compare standard --task words --out aftermax-words
@@ -43,6 +44,7 @@ import longvq_results
 import matplotlib
 import outlier_results
 import output_results
+import recurformer_results
 import studies
 from matplotlib import pyplot as plt
 
@@ -73,6 +75,7 @@ PAGES = (
     DOCS / "huggingface.md",
     DOCS / "serving.md",
     DOCS / "outliers.md",
+    DOCS / "recurformer.md",
 )
 
 
@@ -206,6 +209,16 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     },
     "injectivity": lambda _: studies.injectivity_table(),
     "mqar": lambda _: studies.mqar_page(),
+    "recurformer-base": measured(recurformer_results.RECURFORMER, recurformer_results.base),
+    "recurformer-recall": measured(
+        recurformer_results.RECURFORMER, lambda: recurformer_results.ablation("recall")
+    ),
+    "recurformer-text": measured(
+        recurformer_results.RECURFORMER, lambda: recurformer_results.ablation("text")
+    ),
+    "recurformer-orders": measured(recurformer_results.RECURFORMER, recurformer_results.orders),
+    "recurformer-smol": measured(recurformer_results.RECURFORMER, recurformer_results.smol),
+    "recurformer-machine": machine_of(recurformer_results.RECURFORMER),
     "row-targets": lambda _: kernel_results.row_targets(("avx512",)),
     "row-targets-all": lambda _: kernel_results.row_targets(("avx512", "avx2")),
     "row-algorithms": lambda _: kernel_results.row_algorithms(),
@@ -276,6 +289,8 @@ def main() -> None:
             if kernel_results.ATTENTION.exists():
                 ours["attention_lengths"] = kernel_results.attention_lengths()
                 ours["attention_memory"] = kernel_results.attention_memory()
+            if recurformer_results.RECURFORMER.exists():
+                ours["recurformer"] = recurformer_results.figure()
             if linear_results.LINEAR.exists():
                 ours["linear_lengths"] = linear_results.linear_lengths()
             if longvq_results.LONGVQ.exists():
