@@ -6,9 +6,8 @@ from aftermax.entry import Entry
 from aftermax.hybrid import recurformer
 from aftermax.linear import cosformer, cottention, elu, inline, normalised, transnormer
 from aftermax.lowrank import soft
-from aftermax.sparse import sparsek
-from aftermax.quantised import vector_quantised
 from aftermax.quantised import longvq
+from aftermax.sparse import sparsek
 from aftermax.weights import clipped, rela, sigmoid, softmax, softplus
 
 CATALOGUE: tuple[Entry, ...] = (
@@ -36,10 +35,10 @@ CATALOGUE: tuple[Entry, ...] = (
     inline.ENTRY,
     normalised.ENTRY,
     sparsek.ENTRY,
+    longvq.ENTRY,
     recurformer.ENTRY,
     soft.ENTRY,
     soft.NORMALISED,
-    longvq.ENTRY,
 )
 
 

@@ -153,7 +153,7 @@ class DecoderLM(nn.Module):
         return self.norm(x), new
 
 
-STARTS_ITSELF = {"learned", "gate", "mamba", "score", "memory"}
+STARTS_ITSELF = {"learned", "gate", "mamba", "score"}
 """Parts of a model whose matrices start as they say themselves."""
 
 
