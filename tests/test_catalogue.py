@@ -60,6 +60,8 @@ def test_a_system_has_the_methods_of_one(entry: Entry):
 def test_what_is_learned_starts_the_same_for_every_head_in_float32(entry: Entry):
     for start in as_system(entry.system).learned(3, 5, 5).values():
         assert start.dtype == torch.float32
+        if entry.name == "sparsek":  # whose scores all heads share
+            continue
         assert start.shape[0] == 3
         if entry.name != "transnormer-lrpe":  # whose angles run on from head to head
             assert torch.equal(start, start[:1].expand_as(start))

@@ -42,6 +42,8 @@ def sparsek(scores: Tensor, k: float | Tensor, mask: Tensor | None = None, dim: 
     """
     if not scores.is_floating_point():
         raise ValueError(f"scores must be floating point, got {scores.dtype}")
+    if not scores.numel():
+        return scores.clone()
     z = scores.movedim(dim, -1)
     dtype = torch.promote_types(z.dtype, torch.float32)
     z = z.to(dtype)
@@ -92,8 +94,6 @@ def _sets(z: Tensor, k: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     z = z.double().masked_fill(~there, -torch.inf)
     many = there.sum(-1, keepdim=True)
     m = z.shape[-1]
-    if m == 0:
-        return there, there
     rising = z.sort(-1).values
     # the places where g bends, and g there: beside each place the scores above it, and above it + 1
     places = torch.cat([rising, rising - 1], -1).sort(-1).values
