@@ -19,11 +19,10 @@ from transformers import (  # noqa: E402
 
 from aftermax import CATALOGUE, hf  # noqa: E402
 from aftermax.hf.recurrent import RecurrentLayer, is_carried, layer_of, seen_tokens  # noqa: E402
-from aftermax.linear.separable import Separable  # noqa: E402
 
 from .hf_models import CACHE, IDS, LENGTH, LLAMA, NEWEST, VOCABULARY, text, tiny, tokens  # noqa: E402
 
-LINEAR = [entry.name for entry in CATALOGUE if isinstance(entry.system, Separable)]
+LINEAR = [entry.name for entry in CATALOGUE if getattr(entry.system, "fixed_size", False)]
 EXACT = 1e-6
 CONFIGS = {
     "qwen2": lambda: Qwen2Config(**LLAMA),

@@ -44,9 +44,10 @@ class System(Protocol):
         """
         ...
 
-    # A system may have besides: `can_truncate` and `can_merge` (see `aftermax.cache`), False where
-    # it does not say; and where it can, `merge(first, second)`: the state after both pieces, of
-    # which the second was read from `init_state(..., start=first.length)`.
+    # A system may have besides: `can_truncate` and `can_merge` (see `aftermax.cache`), `fixed_size`
+    # (its state does not grow with the tokens), all False where it does not say; and where it can,
+    # `merge(first, second)`: the state after both pieces, of which the second was read from
+    # `init_state(..., start=first.length)`.
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from aftermax.dense import Dense
 from aftermax.hf.door import LEARNED, PREFIX, SAVED, Seen, watched
 from aftermax.hf.recurrent import RecurrentLayer, is_carried, recurrent_refusal
-from aftermax.linear.separable import Separable
 
 TOKENS = 8
 """Of the small batch."""
@@ -207,7 +206,7 @@ def _layer(
         size = states.get(module.layer_idx)
         cache = "all keys and values" if size is None else f"a state of {size:,} bytes"
         return Layer(name, kind, _told(system), cache, tuple(notes))
-    if isinstance(system, Separable):
+    if getattr(system, "fixed_size", False):
         refused = recurrent_refusal(model, module, system)
         notes.append(
             f"{_told(system)} needs a state of one size alone, but the model keeps all keys and "

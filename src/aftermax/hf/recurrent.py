@@ -1,4 +1,4 @@
-"""Decoding of the linear systems from a state of one size, in the cache of transformers.
+"""Decoding from a state of one size, in the cache of transformers: linear systems, SparseK, LongVQ.
 
 Through the door alone a model keeps all keys and values, whatever its attention is. A layer that is
 `carry`-ed keeps its system's state in their place: its entry of the model's cache is a
@@ -23,7 +23,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from aftermax.dense import System
 from aftermax.hf.masks import remembered
 from aftermax.linear.cosformer import CosFormer
-from aftermax.linear.separable import LinearState, Separable
+from aftermax.state import changed, tensors_of
 from aftermax.visible import Visible, hidden_below
 
 CARRIED = "aftermax_recurrent"
@@ -40,10 +40,10 @@ _Bases: tuple[Any, ...] = (CacheLayerMixin,) if _Theirs is None else (_Theirs, C
 
 
 class RecurrentLayer(*_Bases):
-    """A layer of a cache that holds a `LinearState`, and no keys.
+    """A layer of a cache that holds the state of a system of `fixed_size`, and not all keys.
 
     From transformers 5 on it is one of their `LinearAttentionLayer`: its recurrent states are the
-    sums, the count of tokens and the marks of what was not finite. Unlike theirs it knows how many
+    state's tensors. Unlike theirs it knows how many
     tokens went in, so that it may be the first layer of a cache, which a model asks for masks and
     positions.
     """
@@ -57,7 +57,7 @@ class RecurrentLayer(*_Bases):
         CacheLayerMixin.__init__(self)
         if _Theirs is not None:
             _Theirs.__init__(self, number_of_states=3)
-        self.state: LinearState | None = None
+        self.state: Any = None
         self.handed = 0
         """Tokens whose keys were handed on; the state has them too, or the door was not called."""
 
@@ -93,7 +93,6 @@ class RecurrentLayer(*_Bases):
         refused = why_no_state(system)
         if refused is not None:
             raise ValueError(f"a layer with a recurrent cache: {refused}")
-        assert isinstance(system, Separable)
         self.handed = self.get_seq_length()  # until the state has the new ones
         state, seen = self.state, seen_tokens(mask, query.shape[-2])
         if state is not None:
@@ -105,19 +104,18 @@ class RecurrentLayer(*_Bases):
         out, state = system.step(
             query, key, value, state, Visible(causal=True), seen, enable_gqa=True, **options
         )
-        sums, count, flawed = (_alone(x) for x in (state.sums, state.count, state.flawed))
-        self.hold(LinearState(sums, count, flawed, state.length))
+        self.hold(changed(state, _alone))
         return out
 
-    def hold(self, state: LinearState | None) -> None:
+    def hold(self, state: Any) -> None:
         """Keep this state in the place of what there was."""
         self.state, self.handed = state, 0 if state is None else state.length
         self.is_initialized = state is not None
         if _Theirs is not None:
-            tensors = (None,) * 3 if state is None else (state.sums, state.count, state.flawed)
+            tensors = [None] * 3 if state is None else list(tensors_of(state).values())
             self.recurrent_states = dict(enumerate(tensors))
             for known in (self.is_recurrent_states_initialized, self.has_previous_state):
-                known.update(dict.fromkeys(range(3), state is not None))
+                known.update(dict.fromkeys(self.recurrent_states, state is not None))
 
     # ---- what a cache asks of its layers ----
 
@@ -179,9 +177,7 @@ class RecurrentLayer(*_Bases):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
-            rows = indices.to(self.state.sums.device)
-            sums, count, flawed = self.state.sums, self.state.count, self.state.flawed
-            self.hold(LinearState(sums[rows], count[rows], flawed[rows], self.state.length))
+            self.hold(self.state.reorder(indices))
 
 
 NO_WAY_BACK = (
@@ -225,7 +221,7 @@ def recurrent_refusal(
 
 def why_no_state(system: System) -> str | None:
     """Why this system has no state of one size; None if it has."""
-    if not isinstance(system, Separable):
+    if not getattr(system, "fixed_size", False):
         return f"{getattr(system, 'weights', system)} needs all keys and values, not a state"
     if isinstance(system, CosFormer) and system.horizon == "length":
         return "cosFormer with horizon='length' changes its past: give it a number"
@@ -326,7 +322,7 @@ def _seen_tokens(mask: Tensor, queries: int) -> Tensor | None:
     return None if seen.all() else seen
 
 
-def check_past(mask: Tensor | None, state: LinearState, queries: int) -> None:
+def check_past(mask: Tensor | None, state: Any, queries: int) -> None:
     """Raise ValueError where a mask shows other earlier tokens than the state took in.
 
     By their number, which is all that a state knows of them.

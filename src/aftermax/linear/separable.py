@@ -114,6 +114,7 @@ class Separable:
     mixes_heads: ClassVar[bool] = False
     """Whether `finish` lets the heads of a token meet."""
     can_truncate: ClassVar[bool] = False
+    fixed_size: ClassVar[bool] = True
 
     @property
     def can_merge(self) -> bool:

@@ -121,6 +121,7 @@ class VectorQuantised:
     window: int = 64
 
     can_truncate: ClassVar[bool] = False
+    fixed_size: ClassVar[bool] = True
     can_merge: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -86,6 +86,7 @@ class SparseK:
     max_support: int | None = None
 
     can_truncate: ClassVar[bool] = False
+    fixed_size: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.k < 1 or self.window < 0:
