@@ -13,6 +13,7 @@
     python benchmarks/soft_topk.py --save docs/results/soft_topk.json
     python benchmarks/label_trees.py --save docs/results/label_trees.json
     python benchmarks/recurformer.py --save docs/results/recurformer.json
+    python benchmarks/sparsek.py --save docs/results/sparsek.json
     aftermax compare standard --task labels --out aftermax-tags
     aftermax export --out aftermax-tags --to docs/results/labels_tags.parquet
     aftermax compare standard --task words --out aftermax-words
@@ -45,10 +46,12 @@ import matplotlib
 import outlier_results
 import output_results
 import recurformer_results
+import sparsek_results
 import studies
+import torch
 from matplotlib import pyplot as plt
 
-from aftermax import CATALOGUE
+from aftermax import CATALOGUE, Cache, OfSystem
 from aftermax.lab import plots
 from aftermax.lab.report import settings, tables
 from aftermax.lab.results import Results
@@ -76,6 +79,8 @@ PAGES = (
     DOCS / "serving.md",
     DOCS / "outliers.md",
     DOCS / "recurformer.md",
+    DOCS / "sparsek.md",
+    DOCS / "fixed_memory.md",
 )
 
 
@@ -128,9 +133,29 @@ def systems_table(results: Results) -> str:
     for entry in CATALOGUE:
         link = f", [{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else ""
         words = (entry.score, entry.positivity, entry.normaliser, entry.reweight, entry.walk)
-        lines.append(
-            f"| `{entry.name}` | {entry.formula} | {' | '.join(words)} | {entry.paper}{link} |"
-        )
+        formula = entry.formula.replace("|", "\\|")
+        lines.append(f"| `{entry.name}` | {formula} | {' | '.join(words)} | {entry.paper}{link} |")
+    return "\n".join(lines)
+
+
+def caches() -> str:
+    """What each system keeps of a sequence, and what can be done with it."""
+    lines = [
+        "| system | after 500 tokens | after 2,000 | take back | join |",
+        "| --- | --: | --: | --- | --- |",
+    ]
+    for entry in CATALOGUE:
+        if not entry.causal:
+            continue
+        reader = OfSystem(entry.system, kv_heads=2, key_dim=32, value_dim=32)
+        cache, sizes = Cache(reader), []
+        random = torch.Generator().manual_seed(0)
+        with torch.inference_mode():
+            for tokens in (500, 1500):
+                cache.append(*(torch.randn(1, 2, tokens, 32, generator=random) for _ in range(3)))
+                sizes.append(f"{cache.bytes / 1024:.0f}")
+        flags = ("yes" if can else "no" for can in (cache.can_truncate, cache.can_merge))
+        lines.append(f"| {entry.title} | {' | '.join((*sizes, *flags))} |")
     return "\n".join(lines)
 
 
@@ -169,6 +194,17 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "linear-machine": measured(
         linear_results.LINEAR, lambda: kernel_results.machine(linear_results.LINEAR)
     ),
+    "caches": lambda _: caches(),
+    **{
+        f"sparsek-{name}": measured(sparsek_results.SPARSEK, block)
+        for name, block in {
+            "time": sparsek_results.sparsek_time,
+            "fits": sparsek_results.sparsek_fits,
+            "decode": sparsek_results.sparsek_decode,
+            "selection": sparsek_results.sparsek_selection,
+            "machine": lambda: kernel_results.machine(sparsek_results.SPARSEK),
+        }.items()
+    },
     **{
         f"longvq-{name}": measured(longvq_results.LONGVQ, block)
         for name, block in {
@@ -293,6 +329,8 @@ def main() -> None:
                 ours["recurformer"] = recurformer_results.figure()
             if linear_results.LINEAR.exists():
                 ours["linear_lengths"] = linear_results.linear_lengths()
+            if sparsek_results.SPARSEK.exists():
+                ours["sparsek_lengths"] = sparsek_results.sparsek_figure()
             if longvq_results.LONGVQ.exists():
                 ours["longvq_recall"] = longvq_results.longvq_recall_figure()
             if output_results.OUTPUT.exists():

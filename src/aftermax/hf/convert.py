@@ -57,7 +57,7 @@ def convert(
         layers: numbers of the layers that get it (negative ones count from the end); the others
             keep what they have, or get our softmax. None = all.
         cache: what these layers keep while decoding: "full", all keys and values, or "recurrent",
-            a state of one size (systems of `fixed_size`: linear ones, SparseK, LongVQ); see `make_recurrent`.
+            a state of one size (linear systems, SparseK, LongVQ); see `make_recurrent`.
         inputs: as in `check`, for models whose input is not known here.
 
     Returns:

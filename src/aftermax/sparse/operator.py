@@ -16,6 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aftermax.reference import onnx_export
+
+HALVINGS = 30
+"""After which an interval of 30 is shorter than an eps of float32."""
+
 
 def sparsek(scores: Tensor, k: float | Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
     """The point of { 0 <= p <= 1, sum p = k } that is nearest to the scores.
@@ -91,6 +96,8 @@ def _threshold(z: Tensor, k: Tensor, ones: Tensor, fractions: Tensor) -> Tensor:
 @torch.no_grad()
 def _sets(z: Tensor, k: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """bool like z: which p are 1, and which lie between 0 and 1."""
+    if onnx_export():
+        return _sets_by_halving(z, k, there)
     z = z.double().masked_fill(~there, -torch.inf)
     many = there.sum(-1, keepdim=True)
     m = z.shape[-1]
@@ -110,4 +117,17 @@ def _sets(z: Tensor, k: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     ones = there & (z - 1 >= high)  # as the places were rounded
     fractions = there & (z > low) & ~ones
     all_ones = many <= k
-    return torch.where(all_ones, there, ones), fractions & ~all_ones
+    return ones | (there & all_ones), fractions & ~all_ones
+
+
+def _sets_by_halving(z: Tensor, k: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for ONNX, which cannot search what is sorted: to rounding, which tau forgets."""
+    low = z.masked_fill(~there, torch.inf).amin(-1, keepdim=True) - 1
+    high = z.masked_fill(~there, -torch.inf).amax(-1, keepdim=True)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        enough = (z - middle).clamp(0, 1).masked_fill(~there, 0).sum(-1, keepdim=True) >= k
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    ones, fractions = there & (z - low >= 1), there & (z > low)
+    all_ones = there.sum(-1, keepdim=True) <= k
+    return ones | (there & all_ones), fractions & ~ones & ~all_ones

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aftermax.reference import onnx_export
 from aftermax.sparse.operator import sparsek
 
 Couple = Literal["kv", "v", "log"]
@@ -46,6 +47,10 @@ def largest(scores: Tensor, there: Tensor, k: int) -> Tensor:
     """bool: the k largest scores of each row that are there; among equals the later ones."""
     keys = scores.shape[-1]
     ranked = scores.masked_fill(~there, -torch.inf).flip(-1)
+    if onnx_export():  # whose sort is not stable; of equal scores its TopK takes the first
+        first = F.pad(ranked, (0, k), value=-torch.inf).topk(k).indices
+        kept = torch.zeros_like(F.pad(there, (0, k))).scatter(-1, first, True)
+        return kept[..., :keys].flip(-1) & there
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(keys, device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, places)
