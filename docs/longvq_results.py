@@ -69,8 +69,8 @@ def longvq_largest_gap() -> str:
     return (
         f"The largest difference of a mean over {seeds} seeds from the prediction is {worst:.3f} "
         f"(S = {codes}, M = {pairs}). With scores of 400 cos(q, C) in place of a million, where a "
-        f"query reads codes beside its own, {blunt:.2f} of 64 pairs come back from 64 codes in "
-        f"place of {sharp:.2f}."
+        f"query reads codes beside its own, a share of {blunt:.2f} of 64 pairs comes back from 64 "
+        f"codes in place of {sharp:.2f}."
     )
 
 

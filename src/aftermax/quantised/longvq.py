@@ -330,7 +330,7 @@ ENTRY = Entry(
     name="longvq",
     title="LongVQ",
     system=VectorQuantised(),
-    formula="softmax(q·C_z / √d + b_|i−j|), z = argmin_s |k − C_s|², b within a window",
+    formula="softmax(q·C_z / √d + b_{i−j}), z = argmin_s ‖k − C_s‖², b within a window",
     paper="Liu et al. 2024",
     arxiv="2404.11163",
     score="q·C_z / √d",
