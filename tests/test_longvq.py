@@ -599,3 +599,43 @@ def test_a_decoder_trains_its_codebooks_and_adds_their_loss():
         first, state = model.step(tokens[:, :9], model.init_state(3))
         rest, _ = model.step(tokens[:, 9:], state)
     assert_close(torch.cat([first, rest], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("offset", [-4, 0, 2, 17])
+@pytest.mark.parametrize(("queries", "keys"), [(3, 20), (20, 3), (1, 30), (0, 5)])
+def test_queries_may_stand_anywhere_among_the_keys(queries, keys, offset, causal):
+    long, short = case_of(SMALL, tokens=keys), case_of(SMALL, tokens=queries, seed=1)
+    case, visible = long._replace(query=short.query), Visible(causal=causal, offset=offset)
+    pairs = dataclasses.replace(visible, mask=torch.zeros(keys, dtype=F64))  # pair by pair
+    with blocks_of(300):
+        out = case.attend(SMALL, visible)
+    assert_close(out, case.attend(SMALL, pairs), **EXACT)
+
+
+def test_a_stopped_training_goes_on_with_its_codebooks(tmp_path):
+    from aftermax.lab import text, train
+    from aftermax.lab.models import DecoderLM
+    from aftermax.lab.work import Run, Work, arm
+
+    work = dataclasses.replace(Work(), layers=1, recall_share=0.0)
+    run = Run(work, "longvq", 0, 1e-3, "train", "")
+    real = torch.ones(3, 100, dtype=torch.bool)
+    batches = [text.Batch(torch.randint(290, (3, 101)), real, ~real) for _ in range(4)]
+
+    def made():
+        model = DecoderLM(work, arm("longvq", work), vocabulary=290).train()
+        return model, train.make_optimiser(model, run)
+
+    model, optimiser = made()
+    for step in range(2):
+        train.train_step(model, optimiser, batches[step], run, step)
+    train.save(tmp_path / "held", model, optimiser, 2)
+    for step in (2, 3):
+        train.train_step(model, optimiser, batches[step], run, step)
+    again, other = made()
+    assert train.load(tmp_path / "held", again, other) == 2
+    for step in (2, 3):
+        train.train_step(again, other, batches[step], run, step)
+    for name, x in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x), name
