@@ -1,5 +1,5 @@
-"""The code of the README, and of the pages on serving, on Hugging Face, on RecurFormer and on LongVQ,
-runs as a test."""
+"""The code of the README, and of the pages on serving, on Hugging Face, on RecurFormer and on
+LongVQ, runs as a test."""
 
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
