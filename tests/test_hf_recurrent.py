@@ -17,7 +17,7 @@ from transformers import (  # noqa: E402
     SmolLM3Config,
 )
 
-from aftermax import CATALOGUE, hf  # noqa: E402
+from aftermax import CATALOGUE, VectorQuantised, hf  # noqa: E402
 from aftermax.hf.recurrent import RecurrentLayer, is_carried, layer_of, seen_tokens  # noqa: E402
 
 from .hf_models import CACHE, IDS, LENGTH, LLAMA, NEWEST, VOCABULARY, text, tiny, tokens  # noqa: E402
@@ -111,6 +111,22 @@ def test_padding_in_pieces(side, name):
     found, cache = piecewise(recurrent, tokens(), mask, (3, 4, 2, 1, 2))
     close(found[mask.bool()], expected[mask.bool()])
     assert torch.equal(cache.layers[0].state.count, mask.sum(-1))
+
+
+def test_codes_beyond_their_window_are_those_of_a_full_pass():
+    """With a window that the prompt leaves, beams and all."""
+    hf.register(few_codes=VectorQuantised(codes=5, window=3))
+    full, recurrent = twins(name="few-codes")
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, :4] = 0
+    expected = full(input_ids=tokens(), attention_mask=mask, use_cache=False).logits
+    found, cache = piecewise(recurrent, tokens(), mask, (3, 4, 2, 1, 2))
+    close(found[mask.bool()], expected[mask.bool()])
+    _, longer = piecewise(recurrent, tokens().repeat(1, 3), mask.repeat(1, 3), (5, 3 * LENGTH - 5))
+    assert longer.layers[0].bytes == cache.layers[0].bytes
+    inputs = text(padded=True)
+    options = {**GREEDY, "num_beams": 3}
+    assert torch.equal(recurrent.generate(**inputs, **options), full.generate(**inputs, **options))
 
 
 def test_half_precision_sums_in_float32():
