@@ -29,10 +29,12 @@ pytest_collect_file = Sybil(
     patterns=[
         "README.md",
         "docs/serving.md",
+        "docs/fixed_memory.md",
+        "docs/sparsek.md",
+        "docs/longvq.md",
+        "docs/recurformer.md",
         "docs/huggingface.md",
         "docs/huggingface_examples.md",
-        "docs/recurformer.md",
-        "docs/longvq.md",
     ],
     document_types={".md": Page},
 ).pytest()

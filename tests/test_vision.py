@@ -285,6 +285,8 @@ def test_every_system_learns_from_images_and_starts_from_the_same_weights(images
         loss = loop.train_step(model, optimiser, batch(run, images, step), run, step)
     assert torch.isfinite(loss)
     still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+    if system == "sparsek":  # whose 16 best and 16 nearest are all the patches: nothing to score
+        still = [n for n in still if "score_" not in n]
     assert still == [], "what is never moved is no part of the model"
 
 
