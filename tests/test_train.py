@@ -109,8 +109,8 @@ def test_recall_rows_are_as_many_of_each_kind(work, share, rows):
 def test_every_system_starts_from_the_same_weights(work, corpus, entry):
     ours = dict(build(run_of(work, corpus, entry.name), corpus)[0].named_parameters())
     softmax = dict(build(run_of(work, corpus, "softmax"), corpus)[0].named_parameters())
-    shared = ours.keys() & softmax.keys()
-    assert len(shared) > 8
+    shared = {n for n in ours.keys() & softmax.keys() if ours[n].shape == softmax[n].shape}
+    assert len(shared) > 8  # of fewer heads there are fewer rows
     for name in shared:
         assert torch.equal(ours[name], softmax[name]), name
 
