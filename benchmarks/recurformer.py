@@ -97,7 +97,7 @@ def main() -> None:
     for seed in SEEDS if options.only != "smol" else ():
         model = base(seed, corpus, options.models, budget, record, console)
         bench = Bench(seed, model, corpus, budget, record, console)
-        for section in ("window", "linear", "mamba"):
+        for section in ("window", "mamba", "linear"):
             if options.only in (None, section):
                 bench.run(section)
 
