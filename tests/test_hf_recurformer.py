@@ -190,6 +190,18 @@ def test_what_cannot_be_is_refused():
 
 
 @every_replacement
+def test_the_report_finds_no_attention_that_is_not_ours(with_):
+    report = hf.check(replaced(with_))
+    assert report.ok
+    found = [layer.name for layer in report.layers]
+    inner = ".attention" if with_ == "mamba" else ""
+    assert f"model.layers.0.self_attn{inner}" in found
+    if with_ != "mamba":
+        assert report.layers[0].cache == "keys and values of 1 groups, the state of the others"
+    assert len(found) == (1 if with_ == "mamba" else 2)  # all heads of layer 1 are replaced
+
+
+@every_replacement
 def test_tokens_cannot_be_taken_back(with_):
     cache = replaced(with_)(tokens()).past_key_values
     with pytest.raises(ValueError, match="cannot take tokens back"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aftermax.dense import Dense
+from aftermax.hf.composite import COMPOSITE
 from aftermax.hf.door import LEARNED, PREFIX, SAVED, Seen, watched
 from aftermax.hf.recurrent import RecurrentLayer, is_carried, recurrent_refusal
 
@@ -205,6 +206,12 @@ def _layer(
     if is_carried(module):
         size = states.get(module.layer_idx)
         cache = "all keys and values" if size is None else f"a state of {size:,} bytes"
+        return Layer(name, kind, _told(system), cache, tuple(notes))
+    if hasattr(module, COMPOSITE):
+        both: Any = system
+        groups: Any = module.num_key_value_groups
+        kept = len(both.groups(found.heads // groups)[0])
+        cache = f"keys and values of {kept} groups, the state of the others"
         return Layer(name, kind, _told(system), cache, tuple(notes))
     if getattr(system, "fixed_size", False):
         refused = recurrent_refusal(model, module, system)

@@ -24,6 +24,9 @@ from aftermax.hybrid.mamba import MambaState
 from aftermax.hybrid.recurformer import HybridState
 from aftermax.visible import Visible
 
+COMPOSITE = "aftermax_composite"
+"""Of an attention module: the hook that gives it a `CompositeLayer`."""
+
 
 class CompositeLayer(RecurrentLayer):
     """A layer of a cache that holds a `HybridState`."""

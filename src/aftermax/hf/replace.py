@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from aftermax.hf.composite import MambaLayer, cache_in, give_composite, place_of
+from aftermax.hf.composite import COMPOSITE, MambaLayer, cache_in, give_composite, place_of
 from aftermax.hf.convert import _class_of, convert
 from aftermax.hf.distil import _float32
 from aftermax.hf.door import OWN
@@ -32,8 +32,6 @@ from aftermax.weights import Softmax
 
 REPLACED = "aftermax_replaced"
 """The field of a model's config that says what `replace_heads` did."""
-HOOK = "aftermax_composite"
-"""Of an attention module: the hook that gives it a composite cache."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -75,7 +73,7 @@ def replace_heads(
     torch.Size([1, 8])
     """
     check_with(with_, sizes)
-    if getattr(model.config, REPLACED, None):
+    if any(isinstance(m, WithMamba) or hasattr(m, COMPOSITE) for m in model.modules()):
         raise ValueError(f"heads of this {type(model).__name__} were replaced already")
     found = _attentions(model)
     check_plan(plan, [_kv_heads(module) for _, module in found])
@@ -87,18 +85,18 @@ def replace_heads(
     convert(model, "softmax")
     for name, module, groups in chosen:
         if with_ == "mamba":
-            model.set_submodule(name, MambaAttention(module, groups, **sizes).train(model.training))
+            model.set_submodule(name, WithMamba(module, groups, **sizes).train(model.training))
         else:
             other = SinkWindow(sinks, window) if with_ == "window" else Linear()
             setattr(module, OWN, RecurFormer(Softmax(), other, replaced=tuple(groups)))
             handle = module.register_forward_pre_hook(give_composite, with_kwargs=True)
-            setattr(module, HOOK, handle)
+            setattr(module, COMPOSITE, handle)
     said = {"plan": asdict(plan), "with_": with_, "sinks": sinks, "window": window, **sizes}
     setattr(model.config, REPLACED, said)
     return model
 
 
-class MambaAttention(nn.Module):
+class WithMamba(nn.Module):  # no "Attention": `check` looks for those that it should find ours in
     """An attention module of transformers with a Mamba block in place of some of its KV groups.
 
     The module itself runs the groups that stay, with the rows of its projections that are theirs;
@@ -229,9 +227,7 @@ def distil_heads(
     """
     pupils: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, MambaAttention) or isinstance(
-            getattr(module, OWN, None), RecurFormer
-        ):
+        if isinstance(module, WithMamba) or isinstance(getattr(module, OWN, None), RecurFormer):
             pupils[name] = module
     if not pupils:
         raise ValueError(f"{type(model).__name__} has no replaced heads: replace_heads comes first")
@@ -279,13 +275,13 @@ def distil_heads(
 
 
 def _taught(pupil: nn.Module) -> list[nn.Parameter]:
-    if isinstance(pupil, MambaAttention):
+    if isinstance(pupil, WithMamba):
         return list(pupil.mamba.parameters())
     return [p for name in PROJECTIONS[:3] for p in getattr(pupil, name).parameters()]
 
 
 def _replaced_heads(pupil: nn.Module) -> list[int]:
-    if isinstance(pupil, MambaAttention):
+    if isinstance(pupil, WithMamba):
         return list(pupil.replaced)
     groups = getattr(pupil, OWN).groups(_kv_heads(pupil))[1]
     return list(heads_of(groups, pupil.num_key_value_groups))  # type: ignore[arg-type]
@@ -293,7 +289,7 @@ def _replaced_heads(pupil: nn.Module) -> list[int]:
 
 def _heads_of(pupil: nn.Module, inputs: tuple, options: dict, width: int) -> Tensor:
     """(B, T, heads, D): the replaced heads of a block, or all heads of a module."""
-    if isinstance(pupil, MambaAttention):
+    if isinstance(pupil, WithMamba):
         x = inputs[0] if inputs else options["hidden_states"]
         seen = seen_tokens(options.get("attention_mask"), x.shape[1])
         return pupil.mamba(x, seen).transpose(1, 2)
