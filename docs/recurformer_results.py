@@ -88,20 +88,29 @@ def ablation(measure: str) -> str:
 
 
 def orders() -> str:
-    """For each way and share, in how many seeds the predicted order held."""
+    """For each way and share, in how many seeds the predicted order of recall held."""
     lines = ["| in place of the heads | share | top ≥ random | random ≥ bottom | top ≥ bottom |"]
     lines.append("| --- | --: | --: | --: | --: |")
     for (section, stage), title in STAGES.items():
         for share in _shares():
-            top, middle, bottom = (_found(section, stage, share, pick, "recall") for pick in PICKS)
-            if not top:
+            rows = _by_seed(section, stage, share)
+            if not rows:
                 continue
-            pairs = ((top, middle), (middle, bottom), (top, bottom))
+            pairs = (("top", "random"), ("random", "bottom"), ("top", "bottom"))
             cells = " | ".join(
-                f"{sum(a >= b for a, b in zip(*pair, strict=True))} of {len(top)}" for pair in pairs
+                f"{sum(row[a] >= row[b] for row in rows)} of {len(rows)}" for a, b in pairs
             )
             lines.append(f"| {title} | {share:g} | {cells} |")
     return "\n".join(lines)
+
+
+def _by_seed(section: str, stage: str, share: float) -> list[dict[str, float]]:
+    """Recall by pick, of each seed that has all three."""
+    found: dict[int, dict[str, float]] = {}
+    for line in _results()[section]:
+        if line["share"] == share and stage in line:
+            found.setdefault(line["seed"], {})[line["pick"]] = line[stage]["recall"]
+    return [row for row in found.values() if set(row) == set(PICKS)]
 
 
 def smol() -> str:
@@ -141,7 +150,9 @@ def figure() -> Figure:
 def _histogram(axis: Axes, found: dict[str, Any]) -> None:
     bins = np.linspace(0, 1, 21).tolist()
     groups = {
-        "ours, three seeds": [x for b in found["base"] for layer in b["recency"] for x in layer]
+        f"ours, {len(found['base'])} seeds": [
+            x for b in found["base"] for layer in b["recency"] for x in layer
+        ]
     }
     if found.get("smol"):
         groups["SmolLM2-135M"] = [x for layer in found["smol"][0]["recency"] for x in layer]
