@@ -144,6 +144,14 @@ def test_padding_counts_for_nothing_whatever_it_holds(left, hole, cut, flaw):
     assert_close(torch.cat([first, rest], 2), whole, **EXACT)
 
 
+def test_no_tokens_change_nothing():
+    m = block()
+    _, state = m.step(torch.randn(2, 3, 6, dtype=F64), m.init_state(2))
+    out, same = m.step(torch.zeros(2, 0, 6, dtype=F64), state)
+    assert out.shape == (2, 2, 0, 4)
+    assert same is state
+
+
 def test_later_tokens_change_nothing_before_them():
     m, x = block(), torch.randn(1, 12, 6, dtype=F64)
     other = x.clone()

@@ -288,6 +288,8 @@ class MambaHeads(nn.Module):
             raise ValueError(f"expected (B, T, {self.to_in.in_features}), got {tuple(x.shape)}")
         if len(x) != len(state.sums):
             raise ValueError(f"the state is of a batch of {len(state.sums)}, the input of {len(x)}")
+        if x.shape[1] == 0:
+            return x.new_zeros(len(x), self.heads, 0, self.head_dim), state
         if seen is not None:
             check_tokens("seen", seen, *x.shape[:2])
             x = x.masked_fill(~seen[..., None], 0)  # whatever stood there
