@@ -93,8 +93,8 @@ class KeyValues:
             seen = self.seen.new_ones(tokens)
         check_tokens("seen", seen, *tokens)
         return KeyValues(
-            torch.cat([self.key, key], -2),
-            torch.cat([self.value, value], -2),
+            torch.cat([self.key.to(key.dtype), key], -2),  # under autocast it is not the state's
+            torch.cat([self.value.to(value.dtype), value], -2),
             torch.cat([self.seen, seen], -1),
             self.start,
         )

@@ -291,7 +291,7 @@ class LongVQAttention(Attention):
         of_queries = shared.repeat_interleave(self.heads // self.kv_heads, 1)
         query = self.query_norm(self.gain["query"] * of_queries + self.shift["query"])
         key = self.key_norm(self.gain["key"] * shared + self.shift["key"])
-        value = self._split(F.silu(self.to_value(x)))
+        value = self._split(F.silu(self.to_value(x))).to(key.dtype)  # which autocast does not norm
         return self.positions.rotate(query, start), self.positions.rotate(key, start), value
 
     def _gated(self, x: Tensor, memory: Tensor, out: Tensor) -> Tensor:

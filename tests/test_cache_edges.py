@@ -1,0 +1,33 @@
+"""Where what decodes meets autocast, no tokens, no sequences, no data, and small dtypes."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from aftermax import (
+    Attention,
+    Cache,
+    LongVQAttention,
+    RecurFormerAttention,
+    SparseK,
+    VectorQuantised,
+)
+from aftermax.sparse import SparseKAttention
+
+MODULES = {
+    "attention": lambda **kw: Attention(16, heads=4, **kw),
+    "sparsek": lambda **kw: SparseKAttention(16, heads=4, weights=SparseK(k=2, window=2), **kw),
+    "longvq": lambda **kw: LongVQAttention(
+        16, heads=4, weights=VectorQuantised(codes=8, window=4), **kw
+    ),
+    "recurformer": lambda **kw: RecurFormerAttention(16, heads=4, **kw),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_under_autocast_pieces_are_the_whole(name):
+    attend, x = MODULES[name]().eval(), torch.randn(2, 9, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole, cache = attend(x), Cache(attend, 2)
+        pieces = torch.cat([cache.append(x[:, :4]), cache.append(x[:, 4:])], 1)
+    assert_close(pieces, whole, rtol=0.02, atol=0.02)
