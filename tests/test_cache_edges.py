@@ -31,3 +31,23 @@ def test_under_autocast_pieces_are_the_whole(name):
         whole, cache = attend(x), Cache(attend, 2)
         pieces = torch.cat([cache.append(x[:, :4]), cache.append(x[:, 4:])], 1)
     assert_close(pieces, whole, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("shape", [(2, 0, 16), (0, 3, 16)])
+def test_no_tokens_and_no_sequences(name, shape):
+    attend, x = MODULES[name]().eval(), torch.randn(shape)
+    assert attend(x).shape == shape
+    cache = Cache(attend, shape[0])
+    assert cache.append(x).shape == shape
+    assert cache.length == shape[1]
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("training", [True, False])
+def test_on_the_device_meta(name, training):
+    attend = MODULES[name](device="meta").train(training)
+    x = torch.randn(2, 5, 16, device="meta")
+    assert attend(x).shape == x.shape
+    if not training and name != "sparsek":  # which holds as many scores as have p > 0
+        assert attend.step(x, attend.init_state(2))[0].shape == x.shape

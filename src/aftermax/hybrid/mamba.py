@@ -293,6 +293,8 @@ class MambaHeads(nn.Module):
         if seen is not None:
             check_tokens("seen", seen, *x.shape[:2])
             x = x.masked_fill(~seen[..., None], 0)  # whatever stood there
+        if x.shape[1] == 0:  # shorter than the convolution, which torch does not unfold
+            return x.new_zeros(len(x), self.heads, 0, self.head_dim), state
         u, gate = self.to_in(x).chunk(2, -1)
         held = torch.cat([state.recent.to(u.dtype), u], 1)
         windows = held.unfold(1, self.conv, 1)  # (B, T, C, conv)

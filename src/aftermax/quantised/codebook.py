@@ -167,7 +167,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def begin(self, key: Tensor, seen: Tensor | None = None) -> None:
         """Place the codes by k-means of these keys, if none were followed before; as `follow`."""
-        if self.begun or not self.k_means_steps:
+        if key.is_meta or self.begun or not self.k_means_steps:
             return
         with no_autocast(key.device):
             for head, keys in enumerate(self._rows(key, seen)):
@@ -188,6 +188,8 @@ class Codebook(nn.Module):
             key: (B, H, T, D).
             seen: bool (B, T): padding teaches nothing. Nor do keys that are not finite.
         """
+        if key.is_meta:
+            return
         self.begin(key, seen)  # type: ignore[call-arg]
         with no_autocast(key.device):
             for head, keys in enumerate(self._rows(key, seen)):

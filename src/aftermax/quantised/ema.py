@@ -186,5 +186,7 @@ class DampedEMA(nn.Module):
 def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
     """sum_{l <= t} kernel_l x_{t-l} of (B, width, T) and (width, T), by FFT."""
     tokens = x.shape[-1]
+    if x.numel() == 0:
+        return x
     product = torch.fft.rfft(x, 2 * tokens) * torch.fft.rfft(kernel, 2 * tokens)
     return torch.fft.irfft(product, 2 * tokens)[..., :tokens]

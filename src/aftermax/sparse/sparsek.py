@@ -293,6 +293,8 @@ class SparseK:
             return "the queries are not those of all keys from the first on"
         if visible.differs_by_query() or visible.slopes is not None:
             return "the visible keys differ from query to query, or ALiBi adds to the scores"
+        if call.query.is_meta:
+            return "the device is meta, and there are no scores to walk over"
         if call.dropout_p > 0:
             return "only the dense form has weights that dropout_p could drop"
         if torch.compiler.is_compiling() or transformed() or onnx_export():
