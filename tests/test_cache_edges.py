@@ -12,6 +12,7 @@ from aftermax import (
     SparseK,
     VectorQuantised,
 )
+from aftermax.quantised import Codebook
 from aftermax.sparse import SparseKAttention
 
 MODULES = {
@@ -51,3 +52,28 @@ def test_on_the_device_meta(name, training):
     assert attend(x).shape == x.shape
     if not training and name != "sparsek":  # which holds as many scores as have p > 0
         assert attend.step(x, attend.init_state(2))[0].shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_codebook_counts_every_key_in_half(dtype):
+    keys = torch.randn(8, 1, 4096, 2).to(dtype) + 1
+    book = Codebook(1, 4, 2, decay=0.0, dtype=dtype)
+    for one in (book, Codebook(1, 4, 2, decay=0.0).to(dtype)):
+        one.follow(keys)
+        assert one.counts.sum() == 8 * 4096
+        assert one.codes.dtype == dtype
+        assert one.codes.isfinite().all()
+    again = Codebook(1, 4, 2, dtype=dtype)
+    again.load_state_dict(book.state_dict())
+    assert_close(again.counts, book.counts, rtol=0, atol=0)
+
+
+def test_a_batch_of_padding_is_no_start_of_a_codebook():
+    book, keys = Codebook(1, 4, 2), torch.randn(2, 1, 50, 2) + 9
+    before = book.codes.clone()
+    book.follow(keys, torch.zeros(2, 50, dtype=torch.bool))
+    assert_close(book.codes, before, rtol=0, atol=0)
+    assert not book.begun
+    book.follow(keys)
+    assert book.begun
+    assert (book.codes > 4).all()

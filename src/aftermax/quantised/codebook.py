@@ -157,11 +157,23 @@ class Codebook(nn.Module):
         self.decay, self.dead, self.k_means_steps = decay, dead, k_means_steps
         codes = start_of(size, width).to(device=device, dtype=dtype).repeat(heads, 1, 1)
         self.register_buffer("codes", codes)
-        self.register_buffer("sums", codes.clone())
-        self.register_buffer("counts", codes.new_ones(heads, size))
+        wide = codes.to(torch.promote_types(codes.dtype, torch.float32))
+        self.register_buffer("sums", wide.clone())
+        self.register_buffer("counts", wide.new_ones(heads, size))
         whole = {"dtype": torch.int64, "device": codes.device}
         self.register_buffer("reseeded", torch.zeros(heads, **whole))
         self.register_buffer("begun", torch.zeros((), dtype=torch.bool, device=codes.device))
+
+    def _apply(self, fn, recurse=True):
+        """Running sums and counts stay in float32 or better, whatever the codes become: in half a
+        count stops at 256 or 2048, and a step of 1 % is rounded away."""
+        wide = {name: getattr(self, name) for name in ("sums", "counts")}
+        super()._apply(fn, recurse)
+        for name, before in wide.items():
+            now = getattr(self, name)
+            if now.dtype != torch.promote_types(now.dtype, torch.float32):
+                setattr(self, name, before.to(device=now.device, dtype=torch.float32))
+        return self
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -169,12 +181,13 @@ class Codebook(nn.Module):
         """Place the codes by k-means of these keys, if none were followed before; as `follow`."""
         if key.is_meta or self.begun or not self.k_means_steps:
             return
+        if not all(keys.shape[0] for keys in self._rows(key, seen)):
+            return  # the first batch that has keys is the start
         with no_autocast(key.device):
             for head, keys in enumerate(self._rows(key, seen)):
-                if keys.shape[0]:
-                    means, counts = k_means(keys, self.codes.shape[1], self.k_means_steps)
-                    self.counts[head] = counts
-                    self.sums[head] = means * counts.clamp_min(0.01)[:, None]
+                means, counts = k_means(keys, self.codes.shape[1], self.k_means_steps)
+                self.counts[head] = counts
+                self.sums[head] = means * counts.clamp_min(0.01)[:, None]
             self._revive(key, seen)
             self._divide()
             self.begun.fill_(True)
@@ -191,9 +204,11 @@ class Codebook(nn.Module):
         if key.is_meta:
             return
         self.begin(key, seen)  # type: ignore[call-arg]
+        if self.k_means_steps and not self.begun:
+            return
         with no_autocast(key.device):
             for head, keys in enumerate(self._rows(key, seen)):
-                sums, counts = _sums(keys, self.codes[head])
+                sums, counts = _sums(keys, self.codes[head].to(keys.dtype))
                 self.sums[head] = self.decay * self.sums[head] + (1 - self.decay) * sums
                 self.counts[head] = self.decay * self.counts[head] + (1 - self.decay) * counts
             self._revive(key, seen)
@@ -230,7 +245,7 @@ class Codebook(nn.Module):
 
     def _rows(self, key: Tensor, seen: Tensor | None) -> list[Tensor]:
         """The keys (N, D) of each head, those alone that are seen and finite."""
-        key = key.detach().to(self.codes.dtype)
+        key = key.detach().to(self.sums.dtype)
         keep = key.isfinite().all(-1)
         if seen is not None:
             keep = keep & seen[:, None]
