@@ -11,7 +11,7 @@ LIBRARY := $(KERNELS)/libaftermax.so
 DOOR := $(wildcard tests/test_hf*.py)
 NATIVE := CMakeLists.txt $(wildcard $(KERNELS)/cpu/*)
 
-.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear bench-longvq bench-mqar bench-output bench-sparsek bench-hf bench-trees docs figures clean
+.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear bench-longvq bench-mqar bench-output bench-recurformer bench-sparsek bench-hf bench-trees docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
 	$(BIN)/aftermax compare quick
@@ -66,6 +66,9 @@ bench-mqar: .venv/lab.done kernels  ## recall against the size of the state, one
 bench-output: .venv/lab.done kernels  ## steps of output layers over the number of classes
 	$(BIN)/python benchmarks/output.py
 	$(BIN)/python benchmarks/soft_topk.py
+
+bench-recurformer: .venv/lab.done .venv/hf.done kernels  ## which heads can be replaced: an hour of one core
+	$(BIN)/python benchmarks/recurformer.py
 
 bench-sparsek: .venv/lab.done kernels  ## selected keys against all of them, over T
 	$(BIN)/python benchmarks/sparsek.py
