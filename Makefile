@@ -11,7 +11,7 @@ LIBRARY := $(KERNELS)/libaftermax.so
 DOOR := $(wildcard tests/test_hf*.py)
 NATIVE := CMakeLists.txt $(wildcard $(KERNELS)/cpu/*)
 
-.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear bench-longvq bench-mqar bench-output bench-recurformer bench-sparsek bench-hf bench-trees docs figures clean
+.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear bench-longvq bench-mqar bench-needle bench-output bench-recurformer bench-sparsek bench-hf bench-trees docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
 	$(BIN)/aftermax compare quick
@@ -62,6 +62,9 @@ bench-longvq: .venv/lab.done kernels  ## what the codebook of LongVQ remembers, 
 
 bench-mqar: .venv/lab.done kernels  ## recall against the size of the state, one block for all mixers
 	$(BIN)/python benchmarks/mqar.py
+
+bench-needle: .venv/lab.done kernels  ## what SparseK learns to keep, against random scores and a window
+	$(BIN)/python benchmarks/needle.py
 
 bench-output: .venv/lab.done kernels  ## steps of output layers over the number of classes
 	$(BIN)/python benchmarks/output.py

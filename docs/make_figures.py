@@ -9,6 +9,7 @@
     python benchmarks/linear.py --save docs/results/linear.json
     python benchmarks/longvq.py --save docs/results/longvq.json
     python benchmarks/mqar.py --save docs/results/mqar.json
+    python benchmarks/needle.py --save docs/results/needle.json
     python benchmarks/output.py --save docs/results/output.json
     python benchmarks/soft_topk.py --save docs/results/soft_topk.json
     python benchmarks/label_trees.py --save docs/results/label_trees.json
@@ -81,6 +82,7 @@ PAGES = (
     DOCS / "recurformer.md",
     DOCS / "sparsek.md",
     DOCS / "fixed_memory.md",
+    DOCS / "needle.md",
 )
 
 
@@ -255,6 +257,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "recurformer-orders": measured(recurformer_results.RECURFORMER, recurformer_results.orders),
     "recurformer-smol": measured(recurformer_results.RECURFORMER, recurformer_results.smol),
     "recurformer-machine": machine_of(recurformer_results.RECURFORMER),
+    "needle": lambda _: studies.needle_page(),
     "row-targets": lambda _: kernel_results.row_targets(("avx512",)),
     "row-targets-all": lambda _: kernel_results.row_targets(("avx512", "avx2")),
     "row-algorithms": lambda _: kernel_results.row_algorithms(),
@@ -322,6 +325,8 @@ def main() -> None:
             ours["soft_conditioning"] = studies.soft_conditioning()
             if studies.MQAR.exists():
                 ours["mqar"] = plots.mqar(studies.mqar_study())
+            if studies.NEEDLE.exists():
+                ours["needle"] = plots.needle(studies.needle_study())
             if kernel_results.ATTENTION.exists():
                 ours["attention_lengths"] = kernel_results.attention_lengths()
                 ours["attention_memory"] = kernel_results.attention_memory()

@@ -11,11 +11,12 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from aftermax.lab import injectivity, plots
+from aftermax.lab import injectivity, needle, plots
 from aftermax.lab.mqar import ARMS, Study
 from aftermax.lowrank.newton import newton_inverse
 
 MQAR = Path(__file__).parent / "results" / "mqar.json"
+NEEDLE = MQAR.with_name("needle.json")
 
 
 @cache
@@ -69,6 +70,49 @@ def mqar_page() -> str:
         return "Not measured yet."
     figure = "![Answers found against the width of queries and keys](figures/mqar.png)"
     return f"{mqar_table()}\n\n{figure}\n\n{mqar_verdicts()}"
+
+
+def needle_study() -> needle.Study:
+    return needle.Study.of_json(json.loads(NEEDLE.read_text()))
+
+
+def needle_table() -> str:
+    """Answers found and values kept at the end, over the seeds, and the rate of each arm."""
+    study = needle_study()
+    measures = {"accuracy": "answers found", "recall": "value kept", "any": "by any head"}
+    lines = [
+        f"| layer 2 | learning rate | {' | '.join(measures.values())} |",
+        "| --- |" + " --: |" * 4,
+    ]
+    for arm in study.setting.arms:
+        cells = [
+            "–" if spread is None else spread.text(2)
+            for spread in (study.at(arm, measure) for measure in measures)
+        ]
+        rates = {job.rate for job in study.done if (job.kind, job.arm) == ("seed", arm)}
+        told = ", ".join(f"{rate:g}" for rate in rates)
+        lines.append(f"| {needle.ARMS[arm]} | {told} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def needle_page() -> str:
+    """What it was, the table, the figure, and what the seeds bear out."""
+    if not NEEDLE.exists():
+        return "Not measured yet."
+    held = json.loads(NEEDLE.read_text())
+    study, made_on = needle_study(), held["machine"]
+    s = study.setting
+    about = (
+        f"{s.pairs} pairs of key and value among noise of {s.noise} symbols, {s.length} tokens, "
+        f"the question at least {s.gap} tokens after them; window {s.window}, k = {s.keep}, width "
+        f"{s.width}, {s.heads} heads; {s.steps} steps of {s.batch} problems, seeds "
+        f"{', '.join(map(str, s.seeds))}; learning rate the best of "
+        f"{', '.join(f'{rate:g}' for rate in s.rates)} for each. Chance keeps a value with "
+        f"{s.chance_kept:.2f}. {made_on['processor']}, torch {made_on['torch']}."
+    )
+    figure = "![Answers found and values kept on the way through training](figures/needle.png)"
+    said = "\n".join(f"- {sentence}" for sentence in study.verdicts())
+    return f"{about}\n\n{needle_table()}\n\n{figure}\n\n{said}"
 
 
 # ---- SOFT --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator, Nul
 
 from aftermax.attention import attention_weights
 from aftermax.catalogue import CATALOGUE
+from aftermax.lab import needle as needles
 from aftermax.lab import outliers_plots, output_plots
 from aftermax.lab.data.recall import PAIRS
 from aftermax.lab.draw import (
@@ -425,6 +426,59 @@ ARM_LOOKS: dict[str, dict[str, Any]] = {
     },
 }
 """Colour by the features, dashes by the normaliser: whole for what a paper proposes."""
+
+
+def needle(study: needles.Study) -> Figure:
+    """Answers found, and values kept, on the way through training; mean and deviation over the
+    seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), sharex=True)
+    setting = study.setting
+    for axis, (measure, label) in zip(
+        axes,
+        {
+            "accuracy": "answers found (share)",
+            "recall": "values kept (share, mean over heads)",
+        }.items(),
+        strict=True,
+    ):
+        for arm in setting.arms:
+            known = [(n, s) for n in study.steps(arm) if (s := study.at(arm, measure, n))]
+            if not known:
+                continue
+            steps = [n for n, _ in known]
+            mean, sd = (np.array([getattr(s, part) for _, s in known]) for part in ("mean", "sd"))
+            look = NEEDLE_LOOKS[arm]
+            axis.plot(steps, mean, label=needles.ARMS[arm], markevery=0.1, **look)
+            axis.fill_between(
+                steps, mean - sd, mean + sd, color=look["color"], alpha=0.12, linewidth=0
+            )
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_xlabel("steps")
+        axis.set_ylabel(label)
+    for axis, height, said in (
+        (axes[0], 1 / setting.pairs, "a guess among the values in the context"),
+        (axes[0], 1 / setting.values, "a guess among all values"),
+        (axes[1], setting.chance_kept, "kept by chance"),
+    ):
+        axis.axhline(height, color="#999999", linewidth=1)
+        axis.annotate(
+            said, (1, height), (-2, 3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", color="#777777", fontsize=8,
+        )  # fmt: skip
+    axes[0].set_title(f"Needles in {setting.length} tokens, {setting.keep} kept")
+    axes[1].set_title("What the scores learned to keep")
+    legend_below(figure, axes[0])
+    return figure
+
+
+NEEDLE_LOOKS: dict[str, dict[str, Any]] = {
+    "window": {"color": "#999999", "marker": "v", "linestyle": ":"},
+    "random": {"color": "#222222", "marker": "X", "linestyle": "--"},
+    "v": {"color": "#56B4E9", "marker": "s"},
+    "log": {"color": "#009E73", "marker": "^"},
+    "kv": {"color": "#D55E00", "marker": "D"},
+    "full": {"color": colour("softmax"), "marker": "o"},
+}
 
 
 TITLES = {entry.title for entry in CATALOGUE}
