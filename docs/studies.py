@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aftermax.lab import injectivity, needle, plots
 from aftermax.lab.mqar import ARMS, Study
+from aftermax.lab.results import spread
 from aftermax.lowrank.newton import newton_inverse
 
 MQAR = Path(__file__).parent / "results" / "mqar.json"
@@ -80,10 +81,8 @@ def needle_table() -> str:
     """Answers found and values kept at the end, over the seeds, and the rate of each arm."""
     study = needle_study()
     measures = {"accuracy": "answers found", "recall": "value kept", "any": "by any head"}
-    lines = [
-        f"| layer 2 | learning rate | {' | '.join(measures.values())} |",
-        "| --- |" + " --: |" * 4,
-    ]
+    names = ["layer 2", "learning rate", *measures.values(), f"steps to {needle.LEARNED:.0%}"]
+    lines = [f"| {' | '.join(names)} |", "| --- |" + " --: |" * 5]
     for arm in study.setting.arms:
         cells = [
             "–" if spread is None else spread.text(2)
@@ -91,8 +90,18 @@ def needle_table() -> str:
         ]
         rates = {job.rate for job in study.done if (job.kind, job.arm) == ("seed", arm)}
         told = ", ".join(f"{rate:g}" for rate in rates)
+        cells.append(_steps(study, arm))
         lines.append(f"| {needle.ARMS[arm]} | {told} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _steps(study: needle.Study, arm: str) -> str:
+    """Mean and deviation over the seeds that learned, and how many those are if not all."""
+    found = spread(study.steps_to_learn(arm))
+    if found is None:
+        return "–"
+    some = f" ({found.count} of {len(study.setting.seeds)} seeds)"
+    return found.text(0) + (some if found.count < len(study.setting.seeds) else "")
 
 
 def needle_page() -> str:

@@ -14,7 +14,7 @@ from aftermax.lab import needle
 from aftermax.lab.data.needle import Needles
 from aftermax.lab.needle import ARMS, Job, Look, Outcome, Setting, Study, open_study
 
-SMALL = Setting(width=16, batch=8, steps=3, rates=(1e-3, 1e-2))
+SMALL = Setting(width=16, batch=8, steps=3, rates=(1e-3, 1e-2), seeds=(0, 1, 2))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -255,8 +255,18 @@ def test_differences_are_paired_by_seed_and_said_from_three_seeds_on():
     assert said[1].endswith("recall +0.100 ± 0.124, not told apart.")
     assert len(said) == 2
     assert study_of(kv=[0.5, 0.7], random=[0.4, 0.5]).verdicts() == []
-    (sure,) = study_of(kv=[0.5, 0.5, 0.51], full=[0.9, 0.9, 0.9]).verdicts()
-    assert sure.endswith("over full attention: accuracy -0.397 ± 0.014.")
+    (sure,) = study_of(kv=[0.5, 0.5, 0.51], full=[0.8, 0.8, 0.8]).verdicts()
+    assert sure.endswith("over full attention: accuracy -0.297 ± 0.014.")
+
+
+def test_the_step_by_which_it_was_learned():
+    """A look at step 2 has half the accuracy of the one at step 3."""
+    study = study_of(kv=[0.9, 1.0, 0.8], v=[1.8, 1.0, 1.0])
+    assert study.steps_to_learn("kv") == {0: 3, 1: 3}
+    assert study.steps_to_learn("v") == {0: 2, 1: 3, 2: 3}
+    assert not any("steps" in sentence for sentence in study.verdicts())  # two seeds in common
+    said = study_of(kv=[1.8, 1.8, 1.8], v=[1.0, 1.0, 1.0]).verdicts()[-1]
+    assert said.endswith("over SparseK, scale V: 90% of the answers after -1 ± 0 steps.")
 
 
 def test_the_figure_shows_each_arm_on_its_way():

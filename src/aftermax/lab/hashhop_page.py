@@ -45,7 +45,7 @@ CAPTIONS = {
 
 def intro(results: Results) -> str:
     work = results.work
-    hops = ", ".join(map(str, work.hops))
+    hops = " or ".join(map(str, work.hops))
     return (
         f"The same small language model, trained with each system to follow chains of random "
         f"hashes over {hops} hops in up to {work.context} tokens, then asked in up to "

@@ -233,16 +233,21 @@ def held_out(results: Results) -> Figure:
 
 def hops(results: Results) -> Figure:
     """Chains followed to their end against the length, a panel for each number of hops."""
-    work = results.work
-    count = len(work.hops)
-    figure, axes = plt.subplots(1, count, figsize=(4.5 * count + 2, 4.2), squeeze=False)
-    for axis, number in zip(axes[0], work.hops, strict=True):
-        against_length(axis, results, f"hops{number}", "chains followed (share)")
-        guess = work.hashes ** -(number if work.chain_of_thought else 1)
-        axis.axhline(guess, color="#999999", linewidth=1)
-        axis.set_title(f"{number} hop{'s' if number > 1 else ''}")
-        axis.set_ylim(-0.03, 1.03)
-    legend_below(figure, axes[0, 0])
+    groups, work = _groups(results), results.work
+    figure, axes = plt.subplots(
+        len(groups), len(work.hops), squeeze=False,
+        figsize=(4.5 * len(work.hops) + 3, 4.2 * len(groups)),
+    )  # fmt: skip
+    for row, (kept, arms) in zip(axes, groups.items(), strict=True):
+        for axis, number in zip(row, work.hops, strict=True):
+            against_length(axis, results, f"hops{number}", "chains followed (share)", arms)
+            guess = work.hashes ** -(number if work.chain_of_thought else 1)
+            axis.axhline(guess, color="#999999", linewidth=1)
+            axis.set_title(f"{number} hop{'s' if number > 1 else ''}{', ' if kept else ''}{kept}")
+            axis.set_ylim(-0.03, 1.03)
+    figure.tight_layout()
+    for row in axes:
+        row[-1].legend(loc="center left", bbox_to_anchor=(1.03, 0.5), handlelength=3.2)
     return figure
 
 
