@@ -88,8 +88,7 @@ def needle_table() -> str:
             "–" if spread is None else spread.text(2)
             for spread in (study.at(arm, measure) for measure in measures)
         ]
-        rates = {job.rate for job in study.done if (job.kind, job.arm) == ("seed", arm)}
-        told = ", ".join(f"{rate:g}" for rate in rates)
+        told = ", ".join(f"{rate:g}" for rate in {job.rate for job, _ in study.runs(arm)})
         cells.append(_steps(study, arm))
         lines.append(f"| {needle.ARMS[arm]} | {told} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -211,6 +211,29 @@ def test_every_rate_is_tried_before_any_seed_and_the_best_is_taken():
     assert [job.seed for job in jobs[4:]] == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ((0.5, 0.2), 1e-2),
+        ((2e-3, 1e-4), 1e-3),
+        ((0.1, math.nan), 1e-3),
+        ((math.nan, math.inf), 1e-3),
+    ],
+    ids=["lower", "alike", "diverged", "both diverged"],
+)
+def test_of_rates_that_are_as_good_the_lowest_is_taken(losses, best):
+    done = {
+        Job("search", "kv", rate, needle.SEARCH_SEED): outcome_of(1.0, loss=loss)
+        for rate, loss in zip(SMALL.rates, losses, strict=True)
+    }
+    study = Study(SMALL, done)
+    assert study.best_rate("kv") == best
+    for rate in SMALL.rates:  # of an earlier study, with other rates
+        for seed in range(4):
+            done[Job("seed", "kv", rate, seed)] = outcome_of(rate)
+    assert study.by_seed("kv", "accuracy") == {0: best, 1: best, 2: best}
+
+
 def test_a_stopped_study_goes_on_where_it_was(tmp_path, monkeypatch):
     setting = replace(SMALL, arms=("window",), rates=(1e-3,), seeds=(0, 1))
     asked = []

@@ -42,8 +42,7 @@ from aftermax.lab.models import Branch, SwiGLU
 from aftermax.lab.results import Spread, spread
 from aftermax.lab.verdicts import paired
 from aftermax.modules import Attention
-from aftermax.sparse import SparseK
-from aftermax.sparse.attention import SparseKAttention
+from aftermax.sparse import SparseK, SparseKAttention
 
 ARMS = {
     "window": "window alone",
@@ -62,6 +61,9 @@ CHECK_EVERY = 100
 """Steps between looks at held-out problems."""
 WARMUP = 0.05
 """Share of the steps in which the learning rate rises; then a cosine takes it to a tenth."""
+ALIKE = 0.01
+"""Nats an answer by which two learning rates may differ and be as good: where both solve the task
+of the search, what is left is chance, and the lower rate is the safer."""
 LEARNED = 0.9
 """Share of right answers at which an arm is said to have learned."""
 HELD_OUT = 1000
@@ -309,13 +311,22 @@ class Study:
                 yield Job("seed", arm, self.best_rate(arm), seed)
 
     def best_rate(self, arm: str) -> float:
-        """Of the lowest loss at the end."""
+        """The lowest of those whose loss at the end is the least, or within `ALIKE` of it."""
 
         def loss(rate: float) -> float:
             found = self.done[Job("search", arm, rate, SEARCH_SEED)].last.loss
             return found if math.isfinite(found) else math.inf
 
-        return min(self.setting.rates, key=loss)
+        least = min(map(loss, self.setting.rates))
+        return min(rate for rate in self.setting.rates if loss(rate) <= least + ALIKE)
+
+    def runs(self, arm: str) -> list[tuple[Job, Outcome]]:
+        """Of the seeds; where there are some at several rates, those at the best."""
+        found = [(j, o) for j, o in self.done.items() if (j.kind, j.arm) == ("seed", arm)]
+        if len({job.rate for job, _ in found}) > 1:
+            best = self.best_rate(arm)
+            found = [(job, outcome) for job, outcome in found if job.rate == best]
+        return [(job, outcome) for job, outcome in found if job.seed in self.setting.seeds]
 
     def complete(self, each: Callable[[Job, Outcome], None] = lambda job, outcome: None) -> None:
         """Do what is missing; `each` is called after every run that was made."""
@@ -327,9 +338,9 @@ class Study:
     def by_seed(self, arm: str, measure: str, step: int | None = None) -> dict[int, float]:
         """A number of the looks at a step, by default the last one."""
         found = {}
-        for job, outcome in self.done.items():
+        for job, outcome in self.runs(arm):
             looks = [look for look in outcome.looks if step is None or look.step == step]
-            if (job.kind, job.arm) == ("seed", arm) and looks:
+            if looks:
                 value = getattr(looks[-1], measure)
                 if value is not None:
                     found[job.seed] = value
@@ -344,17 +355,13 @@ class Study:
         a look is not there."""
         return {
             job.seed: min(learned)
-            for job, outcome in self.done.items()
-            if (job.kind, job.arm) == ("seed", arm)
-            and (learned := [look.step for look in outcome.looks if look.accuracy >= LEARNED])
+            for job, outcome in self.runs(arm)
+            if (learned := [look.step for look in outcome.looks if look.accuracy >= LEARNED])
         }
 
     def steps(self, arm: str) -> list[int]:
         """At which was looked."""
-        looks = (
-            look for job, outcome in self.done.items() if job.arm == arm for look in outcome.looks
-        )
-        return sorted({look.step for look in looks})
+        return sorted({look.step for _, outcome in self.runs(arm) for look in outcome.looks})
 
     def verdicts(self) -> list[str]:
         """Differences seed by seed with their 95% intervals, from three seeds on."""
