@@ -8,9 +8,13 @@ from aftermax import (
     Attention,
     Cache,
     LongVQAttention,
+    OfSystem,
+    RecurFormer,
     RecurFormerAttention,
+    Softmax,
     SparseK,
     VectorQuantised,
+    Visible,
 )
 from aftermax.quantised import Codebook
 from aftermax.sparse import SparseKAttention
@@ -77,3 +81,32 @@ def test_a_batch_of_padding_is_no_start_of_a_codebook():
     book.follow(keys)
     assert book.begun
     assert (book.codes > 4).all()
+
+
+@pytest.mark.parametrize("key_dim", [3, 4])  # as many as heads, too
+@pytest.mark.parametrize("place", ["dense", "other"])
+def test_what_no_head_learned_for_itself_goes_whole_to_both_sides(key_dim, place):
+    selecting = SparseK(k=2, window=1)
+    system = RecurFormer(**{place: selecting})
+    x, causal = torch.randn(1, 4, 6, key_dim), Visible(causal=True)
+    learned = {n: torch.randn_like(p) for n, p in system.learned(4, key_dim, key_dim).items()}
+    out = system.attend(x, x, x, causal, **learned)
+    plain = {name.removeprefix("other_"): p for name, p in learned.items()}
+    heads = slice(0, 2) if place == "dense" else slice(2, 4)
+    assert_close(out[:, heads], selecting.attend(x, x, x, causal, **plain)[:, heads])
+    RecurFormerAttention(16, heads=4, weights=selecting)(torch.randn(1, 6, 16))
+
+
+def test_readers_that_hold_tensors_meet_by_their_values():
+    def cache(slope, start=0):
+        visible = Visible(causal=True, slopes=torch.full((2,), slope))
+        return Cache(OfSystem(Softmax(), 2, 4, 4, visible=visible), start=start)
+
+    x, first = torch.randn(1, 2, 3, 4), cache(0.5)
+    later, other = cache(0.5, start=3), cache(0.25, start=3)
+    for one in (first, later, other):
+        one.append(x, x, x)
+    with pytest.raises(ValueError, match="different readers"):
+        first.merge(other)
+    first.merge(later)
+    assert first.length == 6

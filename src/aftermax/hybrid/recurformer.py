@@ -162,7 +162,7 @@ class RecurFormer:
                         of(value, groups),
                         _visible_of(visible, mine),
                         enable_gqa=True,
-                        **self._options(number, mine, options),
+                        **self._options(number, mine, query, value, options),
                     )
                 )
                 order += mine
@@ -207,7 +207,7 @@ class RecurFormer:
                     _visible_of(visible, mine),
                     seen,
                     enable_gqa=True,
-                    **self._options(number, mine, options),
+                    **self._options(number, mine, query, value, options),
                 )
                 outs.append(out)
                 order += mine
@@ -225,15 +225,18 @@ class RecurFormer:
         ]
         return HybridState(*parts)
 
-    def _options(self, number: int, heads: tuple[int, ...], options: dict) -> dict:
+    def _options(
+        self, number: int, heads: tuple[int, ...], query: Tensor, value: Tensor, options: dict
+    ) -> dict:
         """Those of one of the two, with its heads' share of what is learned."""
-        found = {}
-        for name, x in options.items():
-            if not isinstance(x, Tensor):
-                found[name] = x
-            elif name.startswith("other_") == bool(number):
-                found[name.removeprefix("other_")] = x[list(heads)]
-        return found
+        found = {name: x for name, x in options.items() if not isinstance(x, Tensor)}
+        mine = {
+            name.removeprefix("other_"): x
+            for name, x in options.items()
+            if isinstance(x, Tensor) and name.startswith("other_") == bool(number)
+        }
+        shape = (query.shape[-1], value.shape[-1])
+        return found | (share_of(self.systems[number], mine, heads, *shape) if mine else {})
 
 
 def heads_of(groups: Sequence[int], size: int) -> tuple[int, ...]:
@@ -243,6 +246,17 @@ def heads_of(groups: Sequence[int], size: int) -> tuple[int, ...]:
     (0, 1, 4, 5)
     """
     return tuple(g * size + i for g in groups for i in range(size))
+
+
+def share_of(
+    system: System, learned: dict[str, Tensor], heads: Sequence[int], key_dim: int, value_dim: int
+) -> dict[str, Tensor]:
+    """What these heads have of what all heads learned; what is no matter of heads stays whole."""
+    as_for_few = system.learned(len(heads), key_dim, value_dim)
+    return {
+        name: x if name in as_for_few and as_for_few[name].shape == x.shape else x[list(heads)]
+        for name, x in learned.items()
+    }
 
 
 def of(x: Tensor, heads: Sequence[int]) -> Tensor:
@@ -333,8 +347,9 @@ class RecurFormerAttention(Attention):
         for name, heads in kept.items():
             whole = getattr(self, name)
             setattr(self, name, rows_of_heads(whole, heads, self.head_dim) if heads else None)
-        for name, x in self.learned.items():
-            self.learned[name] = nn.Parameter(x.detach()[list(self.kept_heads)])
+        sizes = (self.kept_heads, self.head_dim, self.head_dim)
+        for name, x in share_of(self.system, dict(self.learned.items()), *sizes).items():
+            self.learned[name] = nn.Parameter(x.detach().clone())
         if self.slopes is not None:
             self.slopes = self.slopes[list(self.kept_heads)]
         if not self.kept:
