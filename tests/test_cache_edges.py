@@ -16,6 +16,8 @@ from aftermax import (
     VectorQuantised,
     Visible,
 )
+from aftermax.hybrid import Plan
+from aftermax.hybrid.replace import replace_heads
 from aftermax.quantised import Codebook
 from aftermax.sparse import SparseKAttention
 
@@ -110,3 +112,9 @@ def test_readers_that_hold_tensors_meet_by_their_values():
         first.merge(other)
     first.merge(later)
     assert first.length == 6
+
+
+def test_the_rank_of_a_block_is_told_from_outside():
+    model = torch.nn.Sequential(Attention(16, heads=4))
+    replaced = replace_heads(model, Plan(((0,),), 4), rank=3)
+    assert replaced[0].mamba.rank == 3

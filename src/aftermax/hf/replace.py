@@ -53,7 +53,7 @@ def replace_heads(
             it replaces and wants `distil_heads` and training; "window", the last tokens and the
             first ones, untrained; "linear", linear attention on the same queries and keys.
         sinks, window: of "window".
-        sizes: of "mamba": expand, state, conv (see `aftermax.hybrid.MambaHeads`).
+        sizes: of "mamba": expand, state, conv, rank (see `aftermax.hybrid.MambaHeads`).
 
     Returns:
         The model. `generate` keeps a composite cache: keys and values of the groups that stay, and

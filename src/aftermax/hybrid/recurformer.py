@@ -292,7 +292,7 @@ class RecurFormerAttention(Attention):
         weights: of the heads that stay, a row map or a system; a `RecurFormer` gives its `dense`
             system, and its groups where `replaced` is None.
         replaced: the KV groups that the block stands for; None = the second half of them.
-        expand, state, conv: of the block, as in `MambaHeads`.
+        expand, state, conv, rank: of the block, as in `MambaHeads`.
         options: the others of `Attention`. It is causal; a `window`, dropout and positions are of
             the heads that stay.
 
@@ -320,6 +320,7 @@ class RecurFormerAttention(Attention):
         expand: int = 1,
         state: int = 16,
         conv: int = 4,
+        rank: int | None = None,
         **options: Any,
     ):
         both = weights if isinstance(weights, RecurFormer) else RecurFormer(weights)
@@ -335,7 +336,7 @@ class RecurFormerAttention(Attention):
         self.order = (*self.kept_heads, *self.replaced_heads)
         self._keep()
         factory: Any = {name: options.get(name) for name in ("device", "dtype")}
-        sizes: Any = {"expand": expand, "state": state, "conv": conv}
+        sizes: Any = {"expand": expand, "state": state, "conv": conv, "rank": rank}
         self.mamba = None
         if self.replaced:
             count = len(self.replaced_heads)

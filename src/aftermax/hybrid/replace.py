@@ -41,7 +41,7 @@ def replace_heads(
             no training; "linear", a linear system on the same queries, keys and values.
         sinks, window: of "window".
         linear: of "linear".
-        sizes: of "mamba": expand, state, conv (see `MambaHeads`).
+        sizes: of "mamba": expand, state, conv, rank (see `MambaHeads`).
 
     Returns:
         The model. What is kept has the weights that it had; the output projection is used again.
