@@ -15,6 +15,7 @@ from aftermax import (
     SparseK,
     VectorQuantised,
     Visible,
+    kernels,
 )
 from aftermax.hybrid import Plan
 from aftermax.hybrid.replace import replace_heads
@@ -118,3 +119,12 @@ def test_the_rank_of_a_block_is_told_from_outside():
     model = torch.nn.Sequential(Attention(16, heads=4))
     replaced = replace_heads(model, Plan(((0,),), 4), rank=3)
     assert replaced[0].mamba.rank == 3
+
+
+@pytest.mark.skipif(kernels.absent() is not None, reason="no kernels here")
+@pytest.mark.parametrize("query", [-1, 4, 10**12])
+def test_a_score_that_leaves_at_no_query_is_refused(query):
+    grad, ones = torch.ones(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.int64)
+    leaves = torch.tensor([[0, query, 1]])
+    with pytest.raises(RuntimeError, match="not there"):
+        torch.ops.aftermax.thresholds_backward(grad, ones, ones, leaves, 0)

@@ -273,7 +273,7 @@ typedef struct {
   int64_t* out;                 // (rows, blocks, width)
 } am_spans;
 
-// These have no vectors, and one body. They return 0, 1 where scratch memory could not be had, 2 where an item has no place.
+// These have no vectors, and one body. They return 0, 1 where scratch memory could not be had, 2 where an item or a query has no place.
 int am_run_thresholds(const am_thresholds*, am_parallel);
 int am_run_thresholds_backward(const am_thresholds_backward*);
 int am_run_spans(const am_spans*);

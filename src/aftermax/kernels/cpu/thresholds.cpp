@@ -173,8 +173,12 @@ int am_run_thresholds_backward(const am_thresholds_backward* a) {
       before[i + 1] = before[i] + (many > 0 ? a->grad[r * offered + i] / many : 0);
     }
     for (int64_t j = 0; j < a->items; ++j) {
-      int64_t at = r * a->items + j;
-      a->out[at] = before[a->leaves_support[at]] - before[a->leaves_ones[at]];
+      int64_t at = r * a->items + j, ones = a->leaves_ones[at], support = a->leaves_support[at];
+      if (ones < 0 || ones > offered || support < 0 || support > offered) {
+        free(before);
+        return 2;
+      }
+      a->out[at] = before[support] - before[ones];
     }
   }
   free(before);

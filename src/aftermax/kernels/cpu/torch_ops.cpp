@@ -866,7 +866,9 @@ void thresholds_backward(Value* stack, uint64_t, uint64_t) {
   const int64_t of_items[] = {a.rows, a.items};
   Tensor out = empty(2, of_items, grad.dtype);
   a.out = (double*)out.data;
-  ran(am_run_thresholds_backward(&a));
+  int failed = am_run_thresholds_backward(&a);
+  if (failed == 2) fail("a score leaves at a query that is not there");
+  ran(failed);
   stack[0] = out.release();
 }
 
