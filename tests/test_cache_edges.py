@@ -11,6 +11,7 @@ from aftermax import (
     OfSystem,
     RecurFormer,
     RecurFormerAttention,
+    SinkWindow,
     Softmax,
     SparseK,
     VectorQuantised,
@@ -128,3 +129,12 @@ def test_a_score_that_leaves_at_no_query_is_refused(query):
     leaves = torch.tensor([[0, query, 1]])
     with pytest.raises(RuntimeError, match="not there"):
         torch.ops.aftermax.thresholds_backward(grad, ones, ones, leaves, 0)
+
+
+def test_the_slopes_of_a_sink_window_are_as_exact_as_the_scores():
+    system, x = SinkWindow(sinks=1, window=2), torch.randn(2, 4, 9, 4, dtype=torch.float64)
+    slopes = torch.tensor([0.5, 0.3, 0.1, 0.03])
+    walked = system.attend(x, x, x, Visible(causal=True, slopes=slopes))
+    everything = torch.ones(9, 9, dtype=torch.bool)  # a mask for each query: no walk
+    pairs = system.attend(x, x, x, Visible(causal=True, slopes=slopes, mask=everything))
+    assert_close(walked, pairs, rtol=1e-12, atol=1e-12)

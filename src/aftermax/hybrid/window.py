@@ -215,7 +215,8 @@ class SinkWindow:
             mask = torch.cat([is_sink, is_near], -1)[:, None]
             if slopes is not None:
                 distance = torch.cat([far, near.expand_as(is_near)], -1)[:, None]
-                bias = -slopes[None, :, None, None] * distance.abs()
+                wide = torch.promote_types(query.dtype, torch.float32)
+                bias = -slopes.to(query.device, wide)[None, :, None, None] * distance.abs()
                 mask = bias.masked_fill(~mask, -torch.inf)
             out.append(
                 attention(
