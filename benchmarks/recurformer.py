@@ -22,6 +22,8 @@ tokens that are asked for; text loss is in nats a byte. Sections:
     linear      linear attention in their place, not trained and after continued training
     mamba       a Mamba block in their place, after a distillation of its heads and continued
                 training of all weights; the same budget for each, and for the model unchanged
+    asked       added after the others had been looked at, no prediction: the ratio over the tokens
+                alone that ask, and the sliding window by the ranking that it gives
     smol        SmolLM2-135M: loss on text against the bytes of the cache, windows not trained
 
 FOLDER of --models keeps the trained base models. What the file already holds is not run again.
@@ -50,7 +52,7 @@ from aftermax.lab.data.hashhop import token_problems
 from aftermax.lab.models import DecoderLM
 from aftermax.lab.work import Work
 
-SECTIONS = ("base", "window", "linear", "mamba", "smol")
+SECTIONS = ("base", "window", "linear", "mamba", "asked", "smol")
 SEEDS = (0, 1, 2)
 SHARES = (0.25, 0.5, 0.75)
 PICKS = ("top", "random", "bottom")
@@ -97,7 +99,7 @@ def main() -> None:
     for seed in SEEDS if options.only != "smol" else ():
         model = base(seed, corpus, options.models, budget, record, console)
         bench = Bench(seed, model, corpus, budget, record, console)
-        for section in ("window", "mamba", "linear"):
+        for section in ("window", "asked", "mamba", "linear"):
             if options.only in (None, section):
                 bench.run(section)
 
@@ -232,10 +234,11 @@ def both(corpus: Corpus, seed: int, step: int, full: float = 1.0):
     return mixed(corpus, "train", 24, generator, full)
 
 
-def measure(model: DecoderLM, corpus: Corpus):
+def measure(model: DecoderLM, corpus: Corpus, where_asked: bool = False):
     """Recency over the split that is kept for choosing."""
-    tokens, _ = mixed(corpus, "tune", 64, torch.Generator().manual_seed(7))
-    return measure_recency(model, [tokens[:, :-1]], ALPHA, drop_sink=DROP_SINK)
+    tokens, asked = mixed(corpus, "tune", 64, torch.Generator().manual_seed(7))
+    only = [asked] if where_asked else None
+    return measure_recency(model, [tokens[:, :-1]], ALPHA, drop_sink=DROP_SINK, asked=only)
 
 
 # ---- the ablation ------------------------------------------------------------------------------
@@ -255,9 +258,20 @@ class Bench:
     def run(self, section: str) -> None:
         if section == "mamba":
             self.one(section, 0.0, "none")
+        if section == "asked":
+            self.ratios_where_asked()
         for share in SHARES:
             for pick in PICKS:
                 self.one(section, share, pick)
+
+    def ratios_where_asked(self) -> None:
+        if self.seed not in [line["seed"] for line in self.record.lines("base_asked")]:
+            ratios = measure(self.model, self.corpus, where_asked=True).mean.tolist()
+            self.record.add("base_asked", {"seed": self.seed, "recency": ratios}, ("seed",))
+
+    def ratios(self, section: str) -> Tensor:
+        lines = self.record.lines("base_asked" if section == "asked" else "base")
+        return torch.tensor(next(x["recency"] for x in lines if x["seed"] == self.seed))
 
     def one(self, section: str, share: float, pick: str) -> None:
         """A copy with these heads replaced: scored as it is, taught, trained on, scored again."""
@@ -268,10 +282,10 @@ class Bench:
         pupil = copy.deepcopy(self.model)
         line: dict = of
         if pick != "none":
-            base = next(x for x in self.record.lines("base") if x["seed"] == self.seed)
-            plan = plan_of(torch.tensor(base["recency"]), share, pick=pick, seed=self.seed)
+            plan = plan_of(self.ratios(section), share, pick=pick, seed=self.seed)
             torch.manual_seed(self.seed)
-            replace_heads(pupil, plan, section, sinks=SINKS, window=WINDOW)
+            with_ = "window" if section == "asked" else section
+            replace_heads(pupil, plan, with_, sinks=SINKS, window=WINDOW)
             line |= {"replaced": plan.replaced, "untrained": score(pupil, self.corpus)}
         line["cache"] = cache_bytes(pupil)
         if section == "mamba" and pick != "none":

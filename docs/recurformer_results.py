@@ -18,6 +18,7 @@ RECURFORMER = Path(__file__).parent / "results" / "recurformer.json"
 PICKS = ("top", "random", "bottom")
 STAGES = {
     ("window", "untrained"): "sliding window with sinks, not trained",
+    ("asked", "untrained"): "the same, ranked by the tokens that ask",
     ("linear", "untrained"): "linear attention, not trained",
     ("linear", "trained"): "linear attention, trained on",
     ("mamba", "distilled"): "Mamba, heads distilled alone",

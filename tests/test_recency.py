@@ -93,6 +93,21 @@ def test_a_sink_hides_a_head_that_looks_near_by():
     assert float(recency_ratio(query, key, 2, drop_sink=1)) > 0.999
 
 
+def test_only_the_queries_that_ask_may_count():
+    query, key = pair(kv_heads=4)
+    asked = torch.zeros(2, 23, dtype=torch.bool)
+    asked[0, 9], asked[1, 17], asked[:, 1] = True, True, True  # token 1 sees no more than 4
+    found = recency_ratio(query, key, 4, asked=asked)
+    for b, i in ((0, 9), (1, 17)):
+        scores = (query[b, :, i, None] @ key[b, :, : i + 1].mT)[:, 0] / math.sqrt(6)
+        assert_close(found[b], scores.softmax(-1)[:, -4:].sum(-1), **EXACT)
+    model, x = Attention(8, heads=2), torch.randn(2, 23, 8)
+    whole = measure_recency(model, [x, x], 4)
+    some = measure_recency(model, [x, x], 4, asked=[asked, asked])
+    assert some.sequences == 4
+    assert not torch.allclose(some.mean, whole.mean, atol=1e-4)
+
+
 def test_alibi_makes_heads_near_sighted():
     query, key = pair(kv_heads=4)
     slopes = torch.tensor([8.0, 1.0, 0.1, 0.0])

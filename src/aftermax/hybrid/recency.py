@@ -51,6 +51,7 @@ def recency_ratio(
     *,
     drop_sink: int = 0,
     seen: Tensor | None = None,
+    asked: Tensor | None = None,
     scale: float | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
@@ -63,6 +64,9 @@ def recency_ratio(
             are seen (float below 1).
         drop_sink: s, keys at the start that are taken out.
         seen: bool (B, T), False = padding: neither a query nor a key.
+        asked: bool (B, T), the queries that the mean is over; None = all. A head that looks far
+            where something is asked, and rests near by otherwise, is near-sighted in the mean over
+            all: where it is known which tokens ask, they say more.
         scale: of the inner product; None = 1/sqrt(D).
         slopes: (H,), of ALiBi.
 
@@ -83,6 +87,9 @@ def recency_ratio(
     rank = seen.cumsum(-1) - 1  # (B, T), the place among the tokens that are seen
     near = _in_tokens(window, seen.sum(-1))  # (B,)
     counts = seen & (rank >= (near + drop_sink)[:, None])
+    if asked is not None:
+        check_tokens("asked", asked, batch, tokens)
+        counts = counts & asked
     if not counts.any(-1).all():
         shortest = int(seen.sum(-1).min())
         raise ValueError(
@@ -255,6 +262,7 @@ def measure_recency(
     window: int | float,
     *,
     drop_sink: int = 0,
+    asked: Sequence[Tensor] | None = None,
 ) -> Recency:
     """RR of every head of a model that is built on `aftermax.Attention`, such as the lab's decoder.
 
@@ -262,6 +270,7 @@ def measure_recency(
         model: called with each of the batches, in evaluation, without gradients.
         batches: inputs of the model, all of one length.
         window, drop_sink: as in `recency_ratio`.
+        asked: for each batch, the queries that count, as in `recency_ratio`; None = all.
 
     Raises:
         ValueError: for layers that are not causal softmax: other weights have no such ratio here.
@@ -279,7 +288,8 @@ def measure_recency(
     try:
         model.eval()
         with torch.no_grad(), _watched(layers, gathered):
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                gathered.asked = None if asked is None else asked[number]
                 model(batch)
     finally:
         model.train(training)
@@ -291,6 +301,7 @@ class Gathered:
 
     def __init__(self, window: int | float, drop_sink: int):
         self.window, self.drop_sink = window, drop_sink
+        self.asked: Tensor | None = None
         self.ratios: dict[int, list[Tensor]] = {}
         self.tokens = 0
 
@@ -311,6 +322,7 @@ class Gathered:
             self.window,
             drop_sink=self.drop_sink,
             seen=seen,
+            asked=self.asked,
             scale=scale,
             slopes=visible.slopes,
         )
