@@ -117,6 +117,21 @@ def test_a_folder_brings_back_what_was_saved(with_, tmp_path):
         hf.load(tmp_path, device_map="cpu")
 
 
+@torch.no_grad()
+def test_a_folder_in_half_keeps_its_positions_and_how_it_ends(tmp_path):
+    config = copy.deepcopy(tiny("llama", "eager").config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    hf.replace_heads(model, PLAN, "window")
+    model.generation_config.eos_token_id = [5, 6]
+    model.save_pretrained(tmp_path)
+    again = hf.load(tmp_path)
+    ids = torch.arange(LENGTH)[None] % LLAMA["vocab_size"]
+    assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+    frequencies = [m.model.rotary_emb.inv_freq for m in (again, model)]
+    assert_close(*frequencies, rtol=0, atol=0)
+    assert again.generation_config.eos_token_id == [5, 6]
+
+
 @pytest.mark.parametrize("with_", ["mamba", "linear"])
 def test_distillation_teaches_the_replaced_heads(with_):
     original = model_of()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from aftermax.hf.composite import COMPOSITE, MambaLayer, cache_in, give_composite, place_of
 from aftermax.hf.convert import _class_of, convert
@@ -187,7 +187,10 @@ def load_replaced(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)
     dtype = kwargs.get("dtype") or next(iter(state.values())).dtype
-    model = _class_of(config)(config).to(dtype)
+    # not by `to`: the frequencies of RoPE stay in float32, as they were when the model was saved
+    model = _class_of(config)._from_config(config, dtype=dtype)
+    if model.can_generate() and (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     plan = said.pop("plan")
     plan = Plan(tuple(tuple(groups) for groups in plan["replaced"]), plan["kv_heads"])
     replace_heads(model, plan, said.pop("with_"), **said)
