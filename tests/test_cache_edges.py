@@ -17,6 +17,7 @@ from aftermax import (
     VectorQuantised,
     Visible,
     kernels,
+    sparsek,
 )
 from aftermax.hybrid import Plan
 from aftermax.hybrid.replace import replace_heads
@@ -138,3 +139,15 @@ def test_the_slopes_of_a_sink_window_are_as_exact_as_the_scores():
     everything = torch.ones(9, 9, dtype=torch.bool)  # a mask for each query: no walk
     pairs = system.attend(x, x, x, Visible(causal=True, slopes=slopes, mask=everything))
     assert_close(walked, pairs, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_truncated_is_let_go():
+    cache, x = Cache(OfSystem(Softmax(), 2, 4, 4)), torch.randn(1, 2, 100, 4)
+    cache.append(x, x, x)
+    cache.truncate(10)
+    held = (cache.state.key, cache.state.value, cache.state.seen)
+    assert sum(part.untyped_storage().nbytes() for part in held) == cache.bytes
+
+
+def test_sparsek_of_no_scores_is_nothing():
+    assert sparsek(torch.randn(3, 0), 2).shape == (3, 0)

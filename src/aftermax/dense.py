@@ -84,8 +84,9 @@ class KeyValues:
                 f"asked for the first {length} tokens, and {self.start} to {self.length} are held"
             )
         held = length - self.start
-        key, value = self.key[..., :held, :], self.value[..., :held, :]
-        return KeyValues(key, value, self.seen[:, :held], self.start)
+        # no views, which would hold all
+        key, value = self.key[..., :held, :].clone(), self.value[..., :held, :].clone()
+        return KeyValues(key, value, self.seen[:, :held].clone(), self.start)
 
     def append(self, key: Tensor, value: Tensor, seen: Tensor | None) -> KeyValues:
         tokens = (key.shape[0], key.shape[-2])
