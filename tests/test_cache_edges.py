@@ -151,3 +151,12 @@ def test_what_is_truncated_is_let_go():
 
 def test_sparsek_of_no_scores_is_nothing():
     assert sparsek(torch.randn(3, 0), 2).shape == (3, 0)
+
+
+@pytest.mark.parametrize("given", [{"other_codebook": (2, 4, 4)}, {"other_codes": (1, 2, 6)}])
+def test_what_is_not_learned_for_all_heads_is_refused_by_both_sides(given):
+    system = RecurFormer(other=VectorQuantised(codes=4, window=2), replaced=(0,))
+    query, key = torch.randn(1, 4, 6, 4), torch.randn(1, 2, 6, 4)
+    tensors = {name: torch.randn(shape) for name, shape in given.items()}
+    with pytest.raises(ValueError, match="for all 4 heads"):
+        system.attend(query, key, key, Visible(causal=True), enable_gqa=True, **tensors)

@@ -236,6 +236,15 @@ class RecurFormer:
             if isinstance(x, Tensor) and name.startswith("other_") == bool(number)
         }
         shape = (query.shape[-1], value.shape[-1])
+        initial = self.learned(query.shape[1], *shape) if mine else {}
+        for name, x in mine.items():
+            asked = f"other_{name}" if number else name
+            if asked not in initial or initial[asked].shape != x.shape:
+                fits = {n: tuple(p.shape) for n, p in initial.items()}
+                raise ValueError(
+                    f"{asked} of shape {tuple(x.shape)} is none of what both systems learn for all "
+                    f"{query.shape[1]} heads: {fits}"
+                )
         return found | (share_of(self.systems[number], mine, heads, *shape) if mine else {})
 
 
