@@ -343,3 +343,11 @@ def test_a_stopped_training_goes_on_with_its_codebooks(tmp_path):
         train.train_step(again, other, batches[step], run, step)
     for name, x in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], x), name
+
+
+def test_codes_do_not_shrink_where_a_batch_holds_few_keys():
+    torch.manual_seed(0)
+    book = Codebook(1, 64, 2, decay=0.9)
+    for _ in range(200):
+        book.follow(torch.randn(1, 1, 4, 2) + 10)
+    assert book.codes.norm(dim=-1).min() > 9

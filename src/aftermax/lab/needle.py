@@ -42,7 +42,7 @@ from aftermax.lab.models import Branch, SwiGLU
 from aftermax.lab.results import Spread, spread
 from aftermax.lab.verdicts import paired
 from aftermax.modules import Attention
-from aftermax.sparse import SparseK, SparseKAttention
+from aftermax.sparse import SparseK, SparseKAttention, SparseKState
 
 ARMS = {
     "window": "window alone",
@@ -266,6 +266,7 @@ def kept(model: Model, made: Problems) -> tuple[float, float] | tuple[()]:
         return ()
     x = model.read_by_second(made.tokens)
     _, state = attend.step(x, attend.init_state(len(x)))
+    assert isinstance(state, SparseKState)
     holds = (state.slot_position == made.places[:, None, None]).any(-1)  # (B, heads)
     return holds.double().mean().item(), holds.any(-1).double().mean().item()
 

@@ -39,8 +39,8 @@ from aftermax.weights import RowMap
 
 def _groups(results: Results) -> dict[str, list[Arm]]:
     """The arms by what they keep of the past, each group with the first system to compare with."""
-    dense = [e for e in results.arms if e.entry.walk == "dense"]
-    others = [e for e in results.arms if e.entry.walk != "dense"]
+    others = [e for e in results.arms if getattr(e.entry.system, "fixed_size", False)]
+    dense = [e for e in results.arms if e not in others]
     if results.work.task not in ("text", "hashhop") or not dense or not others:
         return {"": results.arms}
     return {"all keys and values kept": dense, "a state of one size": [dense[0], *others]}

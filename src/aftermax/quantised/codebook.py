@@ -96,6 +96,10 @@ def _sums(keys: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
     return sums, counts
 
 
+UNUSED = 1e-6
+"""Count below which a code rests."""
+
+
 class Diagnostics(NamedTuple):
     """How a codebook is used, for each of its heads."""
 
@@ -112,10 +116,12 @@ class Codebook(nn.Module):
 
         n_s <- g n_s + (1 - g) #{j : z_j = s}
         m_s <- g m_s + (1 - g) sum_{z_j = s} k_j
-        C_s  = m_s / max(n_s, 0.01)
+        C_s  = m_s / n_s
 
-    as the authors of Transformer-VQ have it (decay, floor, and counts in keys of a batch). Two
-    things are ours: the first keys that it `follow`s give its start, by k-means (they draw it), and
+    as the authors of Transformer-VQ have it (decay, and counts in keys of a batch), but that they
+    divide by at least 0.01: where a batch holds few keys for each code, that draws codes to 0. A
+    code that nobody uses (n_s below a millionth) stays where it is. Two things more are ours: the
+    first keys that it `follow`s give its start, by k-means (they draw it), and
     a code whose count is below `dead` of the mean count goes to a random key of the batch, with the
     mean count. Random numbers come from torch's global generator.
 
@@ -187,7 +193,7 @@ class Codebook(nn.Module):
             for head, keys in enumerate(self._rows(key, seen)):
                 means, counts = k_means(keys, self.codes.shape[1], self.k_means_steps)
                 self.counts[head] = counts
-                self.sums[head] = means * counts.clamp_min(0.01)[:, None]
+                self.sums[head] = means * counts.clamp_min(UNUSED)[:, None]
             self._revive(key, seen)
             self._divide()
             self.begun.fill_(True)
@@ -237,11 +243,13 @@ class Codebook(nn.Module):
             chosen = keys[drawn[torch.arange(len(which), device=keys.device) % len(drawn)]]
             count = self.counts[head].mean()
             self.counts[head, which] = count
-            self.sums[head, which] = chosen * count.clamp_min(0.01)
+            self.sums[head, which] = chosen * count.clamp_min(UNUSED)
             self.reseeded[head] += len(which)
 
     def _divide(self) -> None:
-        self.codes.copy_(self.sums / self.counts.clamp_min(0.01)[..., None])
+        means = self.sums / self.counts.clamp_min(UNUSED)[..., None]
+        used = (self.counts >= UNUSED)[..., None]
+        self.codes.copy_(torch.where(used, means, self.codes.to(means.dtype)))
 
     def _rows(self, key: Tensor, seen: Tensor | None) -> list[Tensor]:
         """The keys (N, D) of each head, those alone that are seen and finite."""

@@ -4,7 +4,8 @@ Lou et al. 2024, arXiv 2406.16747. A score network reads the tokens, not the que
 number for a token and key head. Of the tokens at distance w and more, query i keeps the k largest
 u_j, and weighs them by the projection p_i of `operator.py`, through which the network learns; the
 formulas stand in `pairs.py`. As u_j does not hang on the query, what once falls out never comes
-back, so that a decoder holds k + w keys and values, whatever it has read (`stream.py`), and a whole
+back, so that a decoder holds k + w keys and values, whatever it has read (`stream.py`; the scores
+with p > 0, that tau hangs on, are beside them, and are many where they lie close), and a whole
 sequence is walked in O(T (k + w)) (`chunks.py`).
 
 What could be read of the paper are its abstract, reviews and second-hand code; not given there, and
@@ -67,7 +68,8 @@ class SparseK:
         linear: whether what is left out goes to a linear attention.
         max_support: most scores that are remembered with p > 0, in the chunked form and in
             decoding; None = all, which scores that lie close can make as many as tokens. Beyond
-            it p is approximate, and `SparseKState.capped` says so.
+            it p is approximate there, and not what the dense form gives; `SparseKState.capped`
+            says that it was so.
 
     >>> system = SparseK(k=2, window=1)
     >>> query = torch.randn(1, 1, 6, 4)
