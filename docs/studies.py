@@ -103,6 +103,22 @@ def _steps(study: needle.Study, arm: str) -> str:
     return found.text(0) + (some if found.count < len(study.setting.seeds) else "")
 
 
+def _at_other_rates(study: needle.Study) -> str:
+    """Of an earlier choice of rates, whose runs are in the file too."""
+    counts: dict[tuple[str, float], list[bool]] = {}
+    for job, outcome in study.done.items():
+        if job.kind == "seed" and job.rate != study.best_rate(job.arm):
+            learned = outcome.last.accuracy >= needle.LEARNED
+            counts.setdefault((job.arm, job.rate), []).append(learned)
+    told = [
+        f"{needle.ARMS[arm]} at {rate:g}, {sum(learned)} of {len(learned)}"
+        for (arm, rate), learned in counts.items()
+    ]
+    if not told:
+        return ""
+    return f"Seeds that ended with {needle.LEARNED:.0%} at other rates: {'; '.join(told)}."
+
+
 def needle_page() -> str:
     """What it was, the table, the figure, and what the seeds bear out."""
     if not NEEDLE.exists():
@@ -120,7 +136,8 @@ def needle_page() -> str:
     )
     figure = "![Answers found and values kept on the way through training](figures/needle.png)"
     said = "\n".join(f"- {sentence}" for sentence in study.verdicts())
-    return f"{about}\n\n{needle_table()}\n\n{figure}\n\n{said}"
+    parts = [about, needle_table(), figure, said, _at_other_rates(study)]
+    return "\n\n".join(filter(None, parts))
 
 
 # ---- SOFT --------------------------------------------------------------------------------------

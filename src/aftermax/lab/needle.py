@@ -95,7 +95,7 @@ class Setting:
     batch: int = 32
     steps: int = 2000
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = (0, 1, 2)
     arms: tuple[str, ...] = tuple(ARMS)
 
     def __post_init__(self):
