@@ -11,8 +11,8 @@ sequence is walked in O(T (k + w)) (`chunks.py`).
 What could be read of the paper are its abstract, reviews and second-hand code; not given there, and
 decided here:
 
-- `couple`: what p scales. "kv", keys and values, is the paper's form, and in our needle task the
-  quickest to learn; "v" and "log" are ours.
+- `couple`: what p scales. "kv", keys and values, is the paper's form, and the one that learns our
+  needle task with every seed; "v" and "log" are ours.
 - Scores are centred and divided by their deviation over the tokens so far ("timestep
   normalisation" in the paper), then multiplied by a learned `score_scale`, 2 at the start: with a
   deviation of 1 to 4 most of the k are fractions and some are ones (only fractions have gradients).
