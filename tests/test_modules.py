@@ -23,6 +23,7 @@ from aftermax import (
     Visible,
     attention,
 )
+from aftermax.modules import evaluating
 from aftermax.state import tensors_of
 
 every_entry = pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
@@ -359,3 +360,15 @@ def test_seen_that_does_not_fit_is_refused():
             ValueError, match=r"seen must be bool of shape \(B, T\) = \(2, 8\), got"
         ):
             attend.step(tokens(), attend.init_state(2), seen)
+
+
+def test_a_model_that_was_looked_at_is_in_the_modes_it_was_in():
+    model = torch.nn.Sequential(module_of(), module_of())
+    model.train()
+    model[1].eval()
+    with pytest.raises(RuntimeError, match="stop"), evaluating(model):
+        assert not model[0].training
+        raise RuntimeError("stop")
+    assert model[0].training
+    assert not model[1].training
+    assert not model[1].to_out.training

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -267,6 +269,18 @@ def auxiliary_loss(model: nn.Module) -> Tensor | float:
     """
     parts = [m for m in model.modules() if hasattr(m, "auxiliary_loss")]
     return sum((part.auxiliary_loss() for part in parts), 0.0)  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and each part of it in its own again afterwards."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 class _HeadNorm(nn.RMSNorm):

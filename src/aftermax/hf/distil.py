@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from aftermax.hf.convert import choose, give, otherwise, record, set_implementation
 from aftermax.hf.door import OWN, Seen, implementation
+from aftermax.modules import evaluating
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -174,12 +175,10 @@ def _teach(
         found.module.register_forward_hook(follow(place), with_kwargs=True)
         for place, found in old.items()
     ]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(input_ids=tokens, use_cache=False)
+        with torch.no_grad(), evaluating(model):
+            model(input_ids=tokens, use_cache=False)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return missed

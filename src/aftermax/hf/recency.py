@@ -15,6 +15,7 @@ from aftermax.hf.convert import set_implementation
 from aftermax.hf.door import LEARNED, OWN, PREFIX, attend_as
 from aftermax.hf.masks import bool_mask, visible_of
 from aftermax.hybrid.recency import Gathered, Recency
+from aftermax.modules import evaluating
 from aftermax.weights import Softmax
 
 NAME = f"{PREFIX}recency"
@@ -65,18 +66,17 @@ def measure_recency(
         raise ValueError(f"{', '.join(own)} run a system of their own: measure before converting")
     AttentionInterface.register(NAME, _show)
     AttentionMaskInterface.register(NAME, bool_mask)
-    before, training = str(model.config._attn_implementation), model.training
+    before = str(model.config._attn_implementation)
     gathered = Gathered(window, drop_sink)
     set_implementation(model, NAME)
     _looking.gathered = gathered
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             for batch in batches:
                 given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-                model.eval()(**given, use_cache=False)
+                model(**given, use_cache=False)
     finally:
         _looking.gathered = None
-        model.train(training)
         set_implementation(model, before)
     if not gathered.ratios:
         raise ValueError(f"no attention of {type(model).__name__} came through the interface")

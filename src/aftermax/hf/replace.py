@@ -28,6 +28,7 @@ from aftermax.hybrid.recurformer import RecurFormer, heads_of, in_order, rows_of
 from aftermax.hybrid.replace import With, check_plan, check_with, missed, stepping, values_of
 from aftermax.hybrid.window import SinkWindow
 from aftermax.linear import Linear
+from aftermax.modules import evaluating
 from aftermax.weights import Softmax
 
 REPLACED = "aftermax_replaced"
@@ -261,17 +262,15 @@ def distil_heads(
         )
 
     hooks = [hook for name in pupils for hook in follow(name)]
-    training = original.training
     try:
         for number, step in stepping(parameters, len(batches), learning_rate, warmup):
-            with torch.no_grad():
-                original.eval()(input_ids=batches[number], use_cache=False)
+            with torch.no_grad(), evaluating(original):
+                original(input_ids=batches[number], use_cache=False)
             step()
             errors.append(dict(found))
             if progress is not None:
                 progress(len(errors), sum(found.values()) / len(found))
     finally:
-        original.train(training)
         for hook in hooks:
             hook.remove()
     return errors

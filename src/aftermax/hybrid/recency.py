@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from aftermax.blocks import no_autocast
 from aftermax.dense import Dense
-from aftermax.modules import Attention
+from aftermax.modules import Attention, evaluating
 from aftermax.visible import Visible, check_tokens
 from aftermax.weights import Softmax
 
@@ -284,15 +284,10 @@ def measure_recency(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no aftermax.Attention in it")
     gathered = Gathered(window, drop_sink)
-    training = model.training
-    try:
-        model.eval()
-        with torch.no_grad(), _watched(layers, gathered):
-            for number, batch in enumerate(batches):
-                gathered.asked = None if asked is None else asked[number]
-                model(batch)
-    finally:
-        model.train(training)
+    with torch.no_grad(), evaluating(model), _watched(layers, gathered):
+        for number, batch in enumerate(batches):
+            gathered.asked = None if asked is None else asked[number]
+            model(batch)
     return gathered.summary(range(len(layers)))
 
 
