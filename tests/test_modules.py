@@ -1,5 +1,6 @@
 """The attention module: what it adds to the function, and what a module must be able to do."""
 
+import contextlib
 import copy
 import dataclasses
 
@@ -366,7 +367,7 @@ def test_a_model_that_was_looked_at_is_in_the_modes_it_was_in():
     model = torch.nn.Sequential(module_of(), module_of())
     model.train()
     model[1].eval()
-    with pytest.raises(RuntimeError, match="stop"), evaluating(model):
+    with contextlib.suppress(RuntimeError), evaluating(model):
         assert not model[0].training
         raise RuntimeError("stop")
     assert model[0].training
