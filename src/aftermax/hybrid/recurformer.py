@@ -2,7 +2,7 @@
 
 Yan et al., arXiv 2410.12850 (withdrawn from ICLR 2025): heads that look at what is near are
 replaced by a Mamba block, the rest of the model is kept, and training goes on. Which heads:
-`aftermax.hybrid.recency`. Three replacements stand under one interface:
+`aftermax.hybrid.recency`. Three replacements stand under one interface::
 
     mamba    a `MambaHeads` block on the layer's input (theirs); queries, keys and values of the
              replaced heads are dropped

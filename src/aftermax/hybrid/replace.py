@@ -174,7 +174,7 @@ def distil_heads(
 ) -> list[dict[str, float]]:
     """Teach the heads that were replaced what the heads that were there gave, layer by layer.
 
-    For the layers' inputs x of the original model it makes smaller, over the replaced heads,
+    For the layers' inputs x of the original model it makes smaller, over the replaced heads::
 
         |new(x) - old(x)|^2 / |old(x)|^2
 

@@ -214,7 +214,7 @@ class LongVQAttention(Attention):
 
         Args:
             memory: of the tokens before `start`, from `self.memory.step`, where they are not read
-                here but by another, to be `merge`d.
+                here but by another, to be merged.
         """
         weight = self.to_key.weight
         codes = self.system.init_state(

@@ -92,12 +92,12 @@ class VectorQuantised:
     Gaussian and the same for every head; and `window_bias`, (H, w), which starts at 0 (both starts
     are ours). `LongVQAttention` has a codebook that follows the keys instead.
 
-    Gradients: a key chooses a code, which no derivative sees. To near queries (|i - j| < w) a key
+    Gradients: a key chooses a code, which no derivative sees. To near queries (nearer than w) a key
     is C_z + k - sg(k), the straight-through estimator, sg being the identity without a gradient;
     to others it is its code, C_z, as in the authors' code of Transformer-VQ. The codebook's, the
     bias's, the query's and the value's are the derivatives for the codes as they are.
 
-    Not causal, the window reaches to both sides, with one bias for |i - j|, and all other keys are
+    Not causal, the window reaches to both sides, with one bias for a distance, and all other keys are
     in the memory: our extension, since neither paper has such a form.
 
     Args:
