@@ -157,6 +157,12 @@ def test_each_prefix_has_the_threshold_of_its_own(way, law, k):
     assert torch.equal(top, expected)
 
 
+def test_a_one_becomes_a_fraction_before_a_fraction_is_dropped(way):
+    found = stream.lives(torch.tensor([[0.0, 0.5]], dtype=F64), 1, top=1)
+    assert found.tau[0].tolist() == [-1.0, -0.25]
+    assert found.leaves_support.tolist() == [[2, 2]]
+
+
 def test_a_walk_that_goes_on_from_what_is_carried(way):
     torch.manual_seed(0)
     scores = torch.randn(3, 50, dtype=F64)

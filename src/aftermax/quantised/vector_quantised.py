@@ -97,8 +97,8 @@ class VectorQuantised:
     to others it is its code, C_z, as in the authors' code of Transformer-VQ. The codebook's, the
     bias's, the query's and the value's are the derivatives for the codes as they are.
 
-    Not causal, the window reaches to both sides, with one bias for a distance, and all other keys are
-    in the memory: our extension, since neither paper has such a form.
+    Not causal, the window reaches to both sides, with one bias for a distance, and all other keys
+    are in the memory: our extension, since neither paper has such a form.
 
     Args:
         codes: S, 64. The papers' sizes are not known or large (Transformer-VQ: 512): ours.
