@@ -195,6 +195,10 @@ def test_the_gradient_of_the_thresholds_is_the_derivative(way):
 def test_the_operators_are_what_torch_asks_of_them():
     scores = torch.randn(2, 9, dtype=F64, requires_grad=True)
     torch.library.opcheck(torch.ops.aftermax.thresholds.default, (scores, 3.0, 3, 2, 0))
+    found = stream.lives(scores, 3, top=3, carried=2)
+    given = (found.fractions, found.leaves_ones, found.leaves_support, 2)
+    grad = torch.ones_like(found.tau)
+    torch.library.opcheck(torch.ops.aftermax.thresholds_backward.default, (grad, *given))
     start, stop = torch.tensor([[0, 1, 3]]), torch.tensor([[2, 4, 3]])
     torch.library.opcheck(torch.ops.aftermax.spans.default, (start, stop, 2, 2, 2))
 
