@@ -251,7 +251,7 @@ def test_chunks_of_any_size_are_the_pairs(monkeypatch, couple, chunk, few):
         case = case_of(entry, tokens=70, kv_heads=2, value_width=5)
         pairs = attended(system, case, "dense")
         for got, expected in zip(attended(system, case, "chunked"), pairs, strict=True):
-            assert_close(got, expected, rtol=1e-10, atol=1e-12)
+            assert_close(got, expected, **EXACT)
 
 
 @pytest.mark.parametrize("couple", ["kv", "v", "log"])
