@@ -16,7 +16,7 @@ from torch import Tensor
 from aftermax.attention import attention
 from aftermax.call import check_weights
 from aftermax.state import bytes_of, check_meeting, rows_of
-from aftermax.visible import Visible, check_tokens
+from aftermax.visible import Visible, check_tokens, refuse_mask
 from aftermax.weights.row_map import RowMap
 
 
@@ -143,10 +143,7 @@ class Dense:
         )
 
     def step(self, query, key, value, state: KeyValues, visible: Visible, seen=None, **options):
-        if visible.mask is not None:
-            raise ValueError(
-                "step takes what later queries may see as `seen` (B, T), not as a mask"
-            )
+        refuse_mask(visible)
         held = state.append(key, value, seen)
         before = state.key.shape[-2]
         visible = dataclasses.replace(visible, offset=before, mask=held.seen[:, None, None])

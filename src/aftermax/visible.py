@@ -186,6 +186,12 @@ def check_tokens(name: str, mask: Tensor, batch: int, tokens: int) -> None:
         )
 
 
+def refuse_mask(visible: Visible) -> None:
+    """Raise ValueError where a step, which is told of padding otherwise, is given a mask."""
+    if visible.mask is not None:
+        raise ValueError("step takes what later queries may see as `seen` (B, T), not as a mask")
+
+
 def count(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """N_i, the number of keys that each row sees: (..., rows, keys) bool -> (..., rows, 1).
 

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from aftermax.dense import System
 from aftermax.hf.recurrent import (
     CACHE_NAMES,
     HELD,
     NO_WAY_BACK,
     RecurrentLayer,
-    seen_tokens,
 )
 from aftermax.hybrid.mamba import MambaState
 from aftermax.hybrid.recurformer import HybridState
-from aftermax.visible import Visible
 
 COMPOSITE = "aftermax_composite"
 """Of an attention module: the hook that gives it a `CompositeLayer`."""
@@ -31,24 +30,15 @@ COMPOSITE = "aftermax_composite"
 class CompositeLayer(RecurrentLayer):
     """A layer of a cache that holds a `HybridState`."""
 
-    state: Any
+    def check_system(self, system: System) -> None:
+        """Any: what one keeps of the groups that stay grows, as keys do."""
 
-    def attend(self, system: Any, query, key, value, mask, **options: Any) -> Tensor:
-        """The next tokens after the state, which takes them in: as `System.step`."""
-        self.handed = self.get_seq_length()
-        state, seen = self.state, seen_tokens(mask, query.shape[-2])
-        if state is None:
-            batch, kv_heads, _, width = key.shape
-            factory = {"device": key.device, "dtype": key.dtype}
-            state = system.init_state(batch, kv_heads, width, value.shape[-1], **factory)
-        else:
-            _check_past(mask, state, query.shape[-2])
-        visible = Visible(causal=True)
-        out, state = system.step(
-            query, key, value, state, visible, seen, enable_gqa=True, **options
-        )
-        self.hold(state)
-        return out
+    def check_past(self, mask: Tensor | None, queries: int) -> None:
+        _check_past(mask, self.state, queries)
+
+    def alone(self, state: HybridState) -> HybridState:
+        """As it is: its parts see to it."""
+        return state
 
     def hold(self, state: HybridState | None) -> None:
         self.state, self.handed = state, 0 if state is None else state.length
@@ -60,14 +50,6 @@ class CompositeLayer(RecurrentLayer):
             return 0
         part = self.state.parts[0]
         return next(x for x in vars(part).values() if isinstance(x, Tensor)).shape[0]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.state is not None:
-            self.hold(self.state.reorder(indices))
 
 
 class MambaLayer(DynamicLayer):

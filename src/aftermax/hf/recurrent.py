@@ -43,9 +43,8 @@ class RecurrentLayer(*_Bases):
     """A layer of a cache that holds the state of a system of `fixed_size`, and not all keys.
 
     From transformers 5 on it is one of their `LinearAttentionLayer`: its recurrent states are the
-    state's tensors. Unlike theirs it knows how many
-    tokens went in, so that it may be the first layer of a cache, which a model asks for masks and
-    positions.
+    state's tensors. Unlike theirs it knows how many tokens went in, so that it may be the first
+    layer of a cache, which a model asks for masks and positions.
     """
 
     is_compileable = False
@@ -90,13 +89,11 @@ class RecurrentLayer(*_Bases):
         Raises:
             ValueError: for a system that has no state, and for any other mask.
         """
-        refused = why_no_state(system)
-        if refused is not None:
-            raise ValueError(f"a layer with a recurrent cache: {refused}")
+        self.check_system(system)
         self.handed = self.get_seq_length()  # until the state has the new ones
         state, seen = self.state, seen_tokens(mask, query.shape[-2])
         if state is not None:
-            check_past(mask, state, query.shape[-2])
+            self.check_past(mask, query.shape[-2])
         else:
             batch, kv_heads, _, width = key.shape
             factory = {"device": key.device, "dtype": key.dtype}
@@ -104,8 +101,22 @@ class RecurrentLayer(*_Bases):
         out, state = system.step(
             query, key, value, state, Visible(causal=True), seen, enable_gqa=True, **options
         )
-        self.hold(changed(state, _alone))
+        self.hold(self.alone(state))
         return out
+
+    def check_system(self, system: System) -> None:
+        """Raise ValueError for a system that has no state of one size."""
+        refused = why_no_state(system)
+        if refused is not None:
+            raise ValueError(f"a layer with a recurrent cache: {refused}")
+
+    def check_past(self, mask: Tensor | None, queries: int) -> None:
+        """Raise ValueError where a mask shows other earlier tokens than the state took in."""
+        check_past(mask, self.state, queries)
+
+    def alone(self, state: Any) -> Any:
+        """The state without views that keep something larger."""
+        return changed(state, _alone)
 
     def hold(self, state: Any) -> None:
         """Keep this state in the place of what there was."""
@@ -172,8 +183,7 @@ class RecurrentLayer(*_Bases):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
-            rows = torch.arange(self.batch, device=self.state.count.device)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:

@@ -22,7 +22,7 @@ from aftermax.attention import attention
 from aftermax.blocks import BLOCK_SCORES
 from aftermax.call import check_inputs
 from aftermax.state import bytes_of, check_meeting, rows_of
-from aftermax.visible import Visible, check_tokens, pieces
+from aftermax.visible import Visible, check_tokens, pieces, refuse_mask
 from aftermax.weights import RowMap, ScaleInvariantSoftmax, Softmax
 
 LEAST_ROWS = 64
@@ -150,10 +150,7 @@ class SinkWindow:
         **options,
     ) -> tuple[Tensor, WindowState]:
         """The next tokens, one or many, after what `state` holds: (out, new state)."""
-        if visible.mask is not None:
-            raise ValueError(
-                "step takes what later queries may see as `seen` (B, T), not as a mask"
-            )
+        refuse_mask(visible)
         if visible.window is not None or not visible.causal:
             raise ValueError("step of SinkWindow is causal, and has the window of the system alone")
         return self._walk(query, key, value, state, seen, visible.slopes, options)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from aftermax import kernels
 from aftermax.blocks import no_autocast
-from aftermax.call import check_inputs, complete
+from aftermax.call import check_inputs, complete, finite_rows
 from aftermax.linear.walk import both_ways, check_way, in_parallel, repeated, walk, why_not_cpu
 from aftermax.reference import onnx_export, transformed
 from aftermax.state import bytes_of, check_meeting, rows_of
-from aftermax.visible import Visible, check_tokens
+from aftermax.visible import Visible, check_tokens, refuse_mask
 
 SEE_DIFFERENTLY = "the visible keys differ from query to query"
 
@@ -251,10 +251,7 @@ class Separable:
             ValueError: as `attend`; for masks (`seen`, bool (B, T), tells what later queries may
                 see) and for a window: what was summed up cannot be forgotten.
         """
-        if visible.mask is not None:
-            raise ValueError(
-                "step takes what later queries may see as `seen` (B, T), not as a mask"
-            )
+        refuse_mask(visible)
         if visible.window is not None or not visible.causal:
             raise ValueError(
                 f"step of {self._name} is causal and has no window: a sum forgets nothing"
@@ -498,7 +495,7 @@ class _Clean:
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> _Clean:
-        flawed_query, flawed_key = ~_sound(query), ~(_sound(key) & _sound(value))
+        flawed_query, flawed_key = ~finite_rows(query), ~(finite_rows(key) & finite_rows(value))
         nothing = ~seen.to(key.device) | flawed_key
         return cls(
             _filled(query, flawed_query),
@@ -538,12 +535,6 @@ def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Both with as many heads as the one that has more."""
     heads = max(one.shape[1], other.shape[1])
     return repeated(one, heads // one.shape[1]), repeated(other, heads // other.shape[1])
-
-
-@torch.no_grad()
-def _sound(x: Tensor) -> Tensor:
-    """bool (B, H, T): the rows that are finite."""
-    return (x * 0).sum(-1) == 0  # NaN if one is not; an eighth of the time of isfinite
 
 
 def _positions(first: int, tokens: int, like: Tensor) -> Tensor:

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from aftermax import scores
 from aftermax.blocks import no_autocast
-from aftermax.call import check_inputs, complete
+from aftermax.call import check_inputs, complete, finite_rows
 from aftermax.linear.walk import repeated
 from aftermax.quantised.codebook import nearest, start_of
 from aftermax.quantised.memory import Keys, Memory, Walk
 from aftermax.reference import onnx_export
 from aftermax.state import bytes_of, check_meeting, rows_of
-from aftermax.visible import Visible, check_tokens
+from aftermax.visible import Visible, check_tokens, refuse_mask
 
 
 @dataclass(frozen=True)
@@ -227,10 +227,7 @@ class VectorQuantised:
             ValueError: as `attend`; for masks (`seen`, bool (B, T), tells what later queries may
                 see), and for a window and ALiBi, which would tell far keys apart.
         """
-        if visible.mask is not None:
-            raise ValueError(
-                "step takes what later queries may see as `seen` (B, T), not as a mask"
-            )
+        refuse_mask(visible)
         if visible.window is not None or visible.slopes is not None or not visible.causal:
             raise ValueError(
                 "step of VectorQuantised is causal, without ALiBi and without a window beside its "
@@ -381,7 +378,7 @@ class VectorQuantised:
 
     def _keys(self, call: _Call, seen: Tensor) -> Keys:
         """`seen`: bool (B|1, 1, T), what any query may see."""
-        flawed = ~(_sound(call.key) & _sound(call.value))
+        flawed = ~(finite_rows(call.key) & finite_rows(call.value))
         nothing = flawed | ~seen
         key = call.key.masked_fill(nothing[..., None], 0)
         codes = nearest(key, call.codebook) if call.codes is None else call.codes
@@ -394,7 +391,7 @@ class VectorQuantised:
         )
 
     def _walk(self, call: _Call, keys: Keys, visible: Visible) -> Walk:
-        sound = _sound(call.query)
+        sound = finite_rows(call.query)
         query = call.query.masked_fill(~sound[..., None], 0) * call.scale
         return Walk(query, sound, keys, visible, call.codebook, call.window_bias)
 
@@ -410,12 +407,6 @@ class VectorQuantised:
 
 def _ones(key: Tensor) -> Tensor:
     return torch.ones(1, 1, key.shape[2], dtype=torch.bool, device=key.device)
-
-
-@torch.no_grad()
-def _sound(x: Tensor) -> Tensor:
-    """bool (B, H, T): the rows that are finite."""
-    return (x * 0).sum(-1) == 0
 
 
 def _recent(state: CodeState) -> Keys:

@@ -15,7 +15,7 @@ decided here:
   needle task with every seed; "v" and "log" are ours.
 - Scores are centred and divided by their deviation over the tokens so far ("timestep
   normalisation" in the paper), then multiplied by a learned `score_scale`, 2 at the start: with a
-  deviation of 1 to 4 most of the k are fractions and some are ones (only fractions have gradients).
+  deviation of 1 to 4 there are fractions, which alone have gradients, and ones.
 - Alone, a system has no token to read, but its key: u = a . k, with a learned and shared by all
   heads. `SparseKAttention` has the network on the token itself.
 - Equal scores: the later token is kept.
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from aftermax import blocks
 from aftermax.attention import IMPLS
 from aftermax.blocks import no_autocast
-from aftermax.call import check_inputs, complete
+from aftermax.call import check_inputs, complete, finite_rows
 from aftermax.entry import Entry, Laws
 from aftermax.linear.separable import wide
 from aftermax.linear.walk import repeated, walk
@@ -46,7 +46,7 @@ from aftermax.sparse.chunks import selected
 from aftermax.sparse.pairs import COUPLES, Couple, normalised, shares, weigh
 from aftermax.sparse.state import Read, SparseKState, advanced, empty_state, merged
 from aftermax.sparse.stream import lives
-from aftermax.visible import Visible, check_tokens, hidden_below, pieces
+from aftermax.visible import Visible, check_tokens, hidden_below, pieces, refuse_mask
 
 FORMS = ("dense", "chunked")
 
@@ -198,10 +198,7 @@ class SparseK:
             ValueError: as `attend`, for masks (`seen` says which tokens are real), and for what
                 is not the system's own window.
         """
-        if visible.mask is not None:
-            raise ValueError(
-                "step takes what later queries may see as `seen` (B, T), not as a mask"
-            )
+        refuse_mask(visible)
         if visible.window is not None or visible.slopes is not None or not visible.causal:
             raise ValueError("step of SparseK is causal, with its own window and without ALiBi")
         mask = None
@@ -276,7 +273,7 @@ class SparseK:
         )
         query, key, value = (x.to(wide(x.dtype)) for x in (query, key, value))
         scale = inv_sqrt_dim(width) if scale is None else scale
-        flawed = ~(_sound(key) & _sound(value))
+        flawed = ~(finite_rows(key) & finite_rows(value))
         if scores is None:  # of what is finite: the weights' gradients are sums over all tokens
             with no_autocast(query.device):
                 of_key = key.masked_fill(flawed[..., None], 0)
@@ -319,7 +316,7 @@ class SparseK:
             repeated(x, heads // x.shape[1])
             for x in (clean.key, clean.value, clean.scores, call.flawed)
         )
-        sound = _sound(call.query)
+        sound = finite_rows(call.query)
         query = call.query.masked_fill(~sound[..., None], 0)
         rows = max(1, blocks.BLOCK_SCORES // max(1, query.shape[0] * heads * keys))
         out = []
@@ -378,7 +375,7 @@ class SparseK:
             found.offered.double(), self.k, self.k, carried=found.carried, cap=self.max_support or 0
         )
         items = found.items(lived)
-        sound = _sound(call.query)
+        sound = finite_rows(call.query)
         query = call.query.masked_fill(~sound[..., None], 0)
         rows = query.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1)  # (R, G, T, D)
         out = selected(rows, items, self.couple, call.scale, call.impl)
@@ -520,12 +517,6 @@ class _Call:
             mask = mask > hidden_below(mask.dtype)
         mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))[:, 0, 0]
         return mask.expand(batch, self.key.shape[2])
-
-
-@torch.no_grad()
-def _sound(x: Tensor) -> Tensor:
-    """bool (B, H, T): the rows that are finite."""
-    return (x * 0).sum(-1) == 0
 
 
 ENTRY = Entry(
