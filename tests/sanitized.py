@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 FILES = (
     "test_row*.py",
     "test_cross_entropy.py",
+    "test_inplace_backward.py",
     "test_linear_cross_entropy.py",
     "test_attention_kernels.py",
     "test_attention_operators.py",
