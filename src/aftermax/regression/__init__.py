@@ -1,0 +1,25 @@
+"""Softmax regression: fitting softmax(A x) to a distribution b over the rows of A."""
+
+from aftermax.regression.objective import (
+    Expansion,
+    MatrixForm,
+    Normalised,
+    Objective,
+    Rescaled,
+    softmax_gauss_newton,
+    softmax_gradient,
+    softmax_hessian,
+    softmax_loss,
+)
+
+__all__ = [
+    "Expansion",
+    "MatrixForm",
+    "Normalised",
+    "Objective",
+    "Rescaled",
+    "softmax_gauss_newton",
+    "softmax_gradient",
+    "softmax_hessian",
+    "softmax_loss",
+]
