@@ -4,10 +4,11 @@
 its residual r, all but for a factor that `grow` puts back after the data have come in::
 
     residual     r, (..., n)                  value       1/2 ||r||^2, (...)
-    slope        K^T r, (..., n)
+    slope        K^T r, (..., n)              fitted      f, or u: what r takes the target from
+    rows         K a, a (..., n, d)
     jacobian     K v                          transposed  K^T v
     second       the Hessian in s, times v
-    gauss_newton a^T K^T K a, a (..., n, d)   hessian     a^T (the Hessian in s) a
+    gauss_newton a^T K^T K a                  hessian     a^T (the Hessian in s) a
 """
 
 from __future__ import annotations
@@ -56,11 +57,18 @@ class SoftmaxBlock:
         y = self.bend * (v - _dot(self.f, v))
         return y - self.f * y.sum(-1, keepdim=True)
 
+    @property
+    def fitted(self) -> Tensor:
+        return self.f
+
     def _centred(self, a: Tensor) -> Tensor:
         return a - self.f.unsqueeze(-2) @ a
 
+    def rows(self, a: Tensor) -> Tensor:
+        return self.f.unsqueeze(-1) * self._centred(a)
+
     def gauss_newton(self, a: Tensor) -> Tensor:
-        return gram(self.f.unsqueeze(-1) * self._centred(a))
+        return gram(self.rows(a))
 
     def hessian(self, a: Tensor) -> Tensor:
         rows = self._centred(a)
@@ -116,9 +124,16 @@ class RescaledBlock:
     def second(self, v: Tensor) -> Tensor:
         return self.transposed(self.jacobian(v)) + self.u * self.pull * v  # u'' = u for all three
 
+    @property
+    def fitted(self) -> Tensor:
+        return self.u
+
+    def rows(self, a: Tensor) -> Tensor:
+        moved = self.du.unsqueeze(-1) * a
+        return moved - self.b.unsqueeze(-1) * moved.sum(-2, keepdim=True)
+
     def gauss_newton(self, a: Tensor) -> Tensor:
-        rows = self.du.unsqueeze(-1) * a
-        return gram(rows - self.b.unsqueeze(-1) * rows.sum(-2, keepdim=True))
+        return gram(self.rows(a))
 
     def hessian(self, a: Tensor) -> Tensor:
         return self.gauss_newton(a) + a.mT @ ((self.u * self.pull).unsqueeze(-1) * a)

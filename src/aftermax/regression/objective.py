@@ -94,6 +94,34 @@ class Expansion:
     def gauss_newton(self) -> Tensor:
         return self._matrix(self._block.gauss_newton)
 
+    @property
+    def fitted(self) -> Tensor:
+        """softmax(A x), or exp, cosh or sinh of A x; like b."""
+        return self._block.grow(self._block.fitted, 1)
+
+    def stacked(self) -> tuple[Tensor, Tensor] | None:
+        """(R, r) with gauss_newton = R^T R and gradient = R^T r: regularisers are rows of it too.
+
+        What a factor of R keeps a Cholesky factor of R^T R loses. None of the matrix form, where R
+        would be the Kronecker product that is not to be formed.
+        """
+        of = self.objective
+        if not isinstance(of, _OfVector):
+            return None
+        rows, residuals = [self._block.grow(self._block.rows(of.A), 1)], [self.residual]
+        if of.weight is not None:
+            rows.append(of.weight.unsqueeze(-1) * of.A)
+            residuals.append(of.weight * self.logits)
+        if of.ridge:
+            root = math.sqrt(of.ridge)
+            rows.append(root * torch.eye(self.x.shape[-1], dtype=self.x.dtype).to(self.x.device))
+            residuals.append(root * self.x)
+        batch = self.logits.shape[:-1]
+        return (
+            torch.cat([row.expand(*batch, *row.shape[-2:]) for row in rows], -2),
+            torch.cat([residual.expand(*batch, residual.shape[-1]) for residual in residuals], -1),
+        )
+
     def jacobian_product(self, v: Tensor) -> Tensor:
         return self._block.grow(self._block.jacobian(self.objective.logits(v)), 1)
 
@@ -161,6 +189,11 @@ class Objective(ABC):
     @abstractmethod
     def select(self, index: Tensor) -> Objective:
         """Those problems of a `flat` objective."""
+
+    def alone(self) -> Objective:
+        """The one problem of a `flat` objective, without its leading dimension."""
+        tensors = {name: t[0] for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return dataclasses.replace(self, **tensors)  # pyright: ignore[reportArgumentType]
 
     @abstractmethod
     def _pull(self, y: Tensor) -> Tensor:
@@ -245,6 +278,8 @@ class _OfVector(Objective):
         return self.A.dtype
 
     def logits(self, x: Tensor) -> Tensor:
+        if x.ndim == 1:  # a product of its own in torch, and quicker
+            return self.A @ x
         return (self.A @ x.unsqueeze(-1)).squeeze(-1)
 
     def flat(self) -> Objective:
@@ -258,6 +293,8 @@ class _OfVector(Objective):
         return dataclasses.replace(self, A=self.A[index], b=self.b[index], weight=weight)
 
     def _pull(self, y: Tensor) -> Tensor:
+        if y.ndim == 1:
+            return y @ self.A
         return (y.unsqueeze(-2) @ self.A).squeeze(-2)
 
     def _matrix(self, of: Callable[[Tensor], Tensor]) -> Tensor:
