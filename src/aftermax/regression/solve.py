@@ -22,9 +22,10 @@ from aftermax.regression.descent import (
     EXHAUSTED,
     Plan,
     Walk,
+    at_rounding,
     descend,
     expand,
-    rounding,
+    reach,
 )
 from aftermax.regression.objective import Expansion, MatrixForm, Normalised, Objective, Rescaled
 
@@ -178,20 +179,24 @@ def minimize(
             "auto": "lm" till a step takes less than 1% off the loss, then "newton". Beyond 2000
                 unknowns it is "cg".
             "cg": "auto" with conjugate gradients, on products of O(n d) alone.
-            "thorough": "auto" from x0 with light and with heavy damping, and (of a softmax) from
-                the minimum of the cross-entropy, which is convex; the least loss is kept.
+            "thorough": "auto" from x0 with four dampings, from light to heavy, and (of a softmax)
+                with three from the minimum of the cross-entropy, which is convex; the least loss
+                is kept. Without a regulariser a target that no x fits has many minima.
         tolerance: relative; a problem has converged when the next step promises to take less than
             this off its loss. 0 is as far as the dtype tells.
         max_iterations: steps tried on a path.
 
     At the end a last Newton step is kept if it makes the gradient smaller; if the Hessian shows
     negative curvature, x leaves along it and walks on, three times at most. Then the verdicts of
-    `Fit`. A problem is called unbounded if its residual is 0 to rounding though b has
-    entries of 0, which no softmax reaches (or though an exp is 0); or if the loss has no curvature
-    along the last step (or along x - x0) and twenty steps from `FAR` logits further out find it no
-    higher, at least half as far away. If the walk ended at `max_iterations` curvature is not asked,
-    but a loss of a millionth. Problems with ridge > 0, or weights that are all above 0, have a
-    minimum and are not looked at.
+    `Fit`. A problem is called unbounded
+
+    - if its residual is 0 to rounding though b has entries of 0, which no softmax reaches, or if
+      exp(A x) has shrunk until the loss underflows;
+    - or if the loss has no curvature along the last step (or along x - x0) and twenty steps from
+      `FAR` logits further out find it no higher, at least half as far away. Where the walk ended
+      at `max_iterations` a millionth of the loss is asked for instead.
+
+    Problems with ridge > 0, or with weights that are all above 0, have a minimum.
 
     Raises:
         ValueError: entries that are not finite, an x0 or a method that does not fit.
@@ -264,10 +269,11 @@ def _once(flat: Objective, x: Tensor, plan: Plan, damping: float) -> Walk:
 
 
 def _several(flat: Objective, x: Tensor, plan: Plan) -> Walk:
-    """Three paths for each problem, in one batch; the one that ends lowest."""
-    starts = [(x, 0.1), (x, 100.0)]
+    """Some paths for each problem, in one batch; the one that ends lowest."""
+    starts = [(x, damping) for damping in (1e-3, 0.1, 10.0, 1e3)]
     if isinstance(expand(flat, x)._block, SoftmaxBlock):
-        starts.append((_cross_entropy(flat, x), 0.1))
+        convex = _cross_entropy(flat, x)
+        starts += [(convex, damping) for damping in (1e-3, 0.1, 10.0)]
     count, size = len(starts), len(x)
     damping = torch.cat([torch.full_like(x[:, 0], mu) for _, mu in starts])
     tiled = flat.select(torch.arange(size).repeat(count))
@@ -360,7 +366,7 @@ def _escape(flat: Objective, walk: Walk, spectrum: Spectrum, plan: Plan) -> Tens
         return None
     of, x, v = flat.select(index), walk.x[index], spectrum.vector[index]
     value = expand(of, x).value
-    v = v / _reach(of, v).clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(1)
+    v = v / reach(of, v).clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(1)
     lowest, best = value.clone(), x.clone()
     for pace in (1.0, -1.0, 0.1, -0.1, 0.01, -0.01):
         trial = x + pace * v
@@ -388,16 +394,8 @@ def _polish(flat: Objective, x: Tensor) -> Tensor:
     p = torch.cholesky_solve(-gradient.unsqueeze(2), factor).squeeze(2)
     there = expand(flat, x + p)
     better = (info == 0) & (there.gradient.flatten(1).norm(dim=1) < gradient.norm(dim=1))
-    better &= there.value <= at.value * (1 + torch.finfo(x.dtype).eps)
+    better &= there.value <= at.value * (1 + 4 * torch.finfo(x.dtype).eps)
     return torch.where(better.unsqueeze(1), x + p, x)
-
-
-def _reach(flat: Objective, v: Tensor) -> Tensor:
-    """How far v moves logits apart, in the row where it does most; (P,)."""
-    s = flat.logits(v.reshape(len(v), *flat.unknowns))
-    if isinstance(flat, Rescaled):
-        return s.abs().amax(-1)
-    return (s.amax(-1) - s.amin(-1)).flatten(1).amax(1) if s.ndim > 2 else s.amax(-1) - s.amin(-1)
 
 
 def _verdict(flat: Objective, start: Tensor, walk: Walk, spectrum: Spectrum) -> dict[str, Tensor]:
@@ -421,13 +419,14 @@ def _unbounded(flat: Objective, at: Expansion, start: Tensor, walk: Walk) -> Ten
     """Whether a minimum at infinity is what was walked to."""
     if flat.ridge or (flat.weight is not None and bool((flat.weight != 0).all())):
         return torch.zeros(len(walk.x), dtype=torch.bool, device=walk.x.device)
-    softmax, floor = isinstance(at._block, SoftmaxBlock), rounding(flat, at)
+    softmax = isinstance(at._block, SoftmaxBlock)
     target = flat.B if isinstance(flat, MatrixForm) else flat.b  # pyright: ignore
-    exact, eps = at.value <= floor, torch.finfo(walk.x.dtype).eps
+    exact, eps = at_rounding(flat, at), torch.finfo(walk.x.dtype).eps
     if softmax:
         found = exact & (target == 0).flatten(1).any(1)
-    else:  # u = exp(-infinity)
-        found = exact & (at.fitted.flatten(1) <= torch.finfo(walk.x.dtype).tiny).any(1)
+    else:  # alpha^2 times a loss that is not 0 has underflown
+        least, all_small = torch.finfo(walk.x.dtype).tiny, (at.logits < math.log(eps)).flatten(1)
+        found = (at.value <= least) & all_small.all(1) & (flat.kind == "exp")  # pyright: ignore
     # no entry of f or u has come near its limit before the logits have gone some way
     s = at.logits if softmax else torch.cat([at.logits, torch.zeros_like(at.logits[..., :1])], -1)
     spread = (s.amax(-1) - s.amin(-1)).reshape(len(found), -1).amax(1)
@@ -438,22 +437,13 @@ def _unbounded(flat: Objective, at: Expansion, start: Tensor, walk: Walk) -> Ten
     size, walking = of._total(at.fitted[suspects].square()), walk.end[suspects] == EXHAUSTED
     here = expand(of, x)
     for away in (walk.step[suspects], x - start[suspects]):
-        v = away / _reach(of, away).clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(1)
+        v = away / reach(of, away).clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(1)
         bend = (v * here.hessian_product(v.reshape(here.x.shape)).flatten(1)).sum(1)
-        flat_there = (bend.abs() <= eps**0.5 * size) & (_reach(of, v) > 0.5)
+        flat_there = (bend.abs() <= eps**0.5 * size) & (reach(of, v) > 0.5)
         for i in (flat_there | walking).nonzero().squeeze(1).tolist():
             one, lot = of.select(torch.tensor([i])), torch.ones_like(value[:1])
             far = descend(one, x[i : i + 1] + FAR * v[i : i + 1], BRIEF, lot / 10).x
-            gone = bool(_reach(one, far - x[i : i + 1]) > FAR / 2)
+            gone = bool(reach(one, far - x[i : i + 1]) > FAR / 2)
             most = value[i] * (1 + 16 * eps) if flat_there[i] else value[i] * 1e-6
             found[suspects[i]] |= gone & (expand(one, far).value[0] <= most)
-    return found
-    of, x, value = flat.select(suspects), walk.x[suspects], at.value[suspects]
-    for away in (walk.step[suspects], x - start[suspects]):
-        reach = _reach(of, away)
-        far = x + FAR * away / reach.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(1)
-        far = torch.where((reach > 0).unsqueeze(1) & far.isfinite(), far, x)
-        there = descend(of, far, Plan(switch=False, max_iterations=20), torch.full_like(value, 0.1))
-        lower = expand(of, there.x).value <= value * (1 + 16 * eps)
-        found[suspects] |= lower & (_reach(of, there.x - x) > FAR / 2)
     return found
