@@ -25,7 +25,9 @@ TAKES = {
     "quick": "One seed, one learning rate: some minutes on two cores.",
     "standard": "Three seeds, the learning rate of each system searched: an hour or so.",
     "long": "A larger model, trained for longer: hours, or a night.",
+    "full": "What the documentation shows: an hour or so.",
 }
+QUICK_FITS = "Eight replicates of five systems: a couple of minutes on two cores."
 
 Out = Annotated[Path, tyro.conf.arg(help="Folder of the store, the data and the checkpoints.")]
 OUT = Path("aftermax-runs")
@@ -38,8 +40,14 @@ LEARNED = {
     "words": "Train each output layer to tell the next word, measure its first guesses",
     "hashhop": "Train each system to follow chains of hashes, ask it in longer and longer contexts",
     "outliers": "Train encoders and decoders with each system, measure outliers and 8-bit losses",
+    "rates": "Fit mixtures of experts with each gate to ever more samples, measure how fast they learn",
 }
 """What `compare` does, by task."""
+
+
+def takes(task: str, preset: str) -> str:
+    """How long a preset takes, for its help."""
+    return QUICK_FITS if (task, preset) == ("rates", "quick") else TAKES[preset]
 
 
 def comparison(task: str) -> Callable[..., None]:
@@ -50,7 +58,7 @@ def comparison(task: str) -> Callable[..., None]:
 
     presets = [
         Annotated[  # type: ignore[valid-type]
-            type(work), tyro.conf.subcommand(name, default=work, description=TAKES[name])
+            type(work), tyro.conf.subcommand(name, default=work, description=takes(task, name))
         ]
         for name, work in PRESETS[task].items()
     ]

@@ -20,7 +20,7 @@ from rich.console import Console
 from aftermax.lab.cost import training_memory, training_speed
 from aftermax.lab.progress import Board
 from aftermax.lab.store import Store
-from aftermax.lab.tasks import Data, task_of
+from aftermax.lab.tasks import STUDIES, Data, source_of
 from aftermax.lab.train import train
 from aftermax.lab.work import SEARCH_SEED, AnyWork, Run, digest
 
@@ -37,7 +37,7 @@ def compare(work: AnyWork, preset: str, out: Path, workers: int | None, console:
         out: folder of the store, the data and the checkpoints.
         workers: runs at the same time; None = as many as the cores hold.
     """
-    task = task_of(work)
+    task = source_of(work)
     data = task.prepare(work, out / "data")
     about = task.about(data)
     console.print(task.told(about), highlight=False)
@@ -52,7 +52,8 @@ def compare(work: AnyWork, preset: str, out: Path, workers: int | None, console:
             grid = _Grid(work, name, data, store, out, workers, board)
             rates = grid.search()
             grid.train(rates)
-            grid.measure_cost(rates)
+            if work.task not in STUDIES:
+                grid.measure_cost(rates)
     return name
 
 
@@ -131,7 +132,7 @@ class _Grid:
             for seed in self.work.seeds
             for system in self.work.systems
         ]
-        self._do("training", runs)
+        self._do("fitting" if self.work.task in STUDIES else "training", runs)
 
     def measure_cost(self, rates: dict[str, float]) -> None:
         """Speed and memory; measured once, when nothing else of ours runs."""
@@ -243,4 +244,6 @@ def _proceed() -> bool:
 
 def _work(run: Run, data: Path, store: Path, folder: Path) -> None:
     with Store(store) as opened:
-        train(run, task_of(run.work).open_data(data), opened, folder, lambda: _proceed())
+        study = STUDIES.get(run.work.task)
+        perform = train if study is None else study.perform
+        perform(run, source_of(run.work).open_data(data), opened, folder, lambda: _proceed())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import sqlite3
@@ -208,3 +209,15 @@ class Store:
         pq.write_table(table.replace_schema_metadata(about), scratch)
         scratch.replace(path)
         return len(records)
+
+
+@contextmanager
+def alone(folder: Path):
+    """Hold the run's lock, so that two processes never write one run; it dies with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is at work on {folder.name}") from None
+        yield

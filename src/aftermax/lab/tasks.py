@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from aftermax.lab import hashhop, labels, outliers, text, vision, words
+from aftermax.lab import hashhop, labels, outliers, rates, text, vision, words
 from aftermax.lab.hashhop_work import PRESETS as HASHHOP_PRESETS
 from aftermax.lab.labels_work import PRESETS as LABEL_PRESETS
 from aftermax.lab.outliers_work import PRESETS as OUTLIER_PRESETS
-from aftermax.lab.store import Row
+from aftermax.lab.rates_work import PRESETS as RATES_PRESETS
+from aftermax.lab.store import Row, Store
 from aftermax.lab.vision_work import PRESETS as VISION_PRESETS
 from aftermax.lab.words_work import PRESETS as WORD_PRESETS
 from aftermax.lab.work import PRESETS as TEXT_PRESETS
@@ -31,8 +32,8 @@ class Data(Protocol):
     def digest(self) -> str: ...
 
 
-class Task(Protocol):
-    """What the one loop, the one grid and the one measurement of cost ask of a task's module."""
+class Source(Protocol):
+    """What the one grid asks of a task's module."""
 
     def prepare(self, work: Any, out: Path) -> Data:
         """Read and split the data of a work once; a later call opens what is there."""
@@ -47,6 +48,20 @@ class Task(Protocol):
     def told(self, about: dict) -> str:
         """`about` in a line."""
         ...
+
+
+class Study(Source, Protocol):
+    """A task whose runs are no training: it does them by itself, and they have no cost of a step."""
+
+    def perform(
+        self, run: Any, data: Any, store: Store, folder: Path, proceed: Callable[[], bool], /
+    ) -> bool:
+        """Do a run whole, from wherever it was left; whether it is finished (as `train.train`)."""
+        ...
+
+
+class Task(Source, Protocol):
+    """What the one loop and the one measurement of cost ask beside it."""
 
     def model(self, run: Run, data: Any, /) -> nn.Module:
         """Before the first step; the global seed is set to the run's."""
@@ -84,6 +99,9 @@ TASKS: dict[str, Task] = {
     "outliers": outliers,
     "hashhop": hashhop,
 }
+"""Those that train a model."""
+
+STUDIES: dict[str, Study] = {"rates": rates}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "text": TEXT_PRESETS,
@@ -92,11 +110,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "words": WORD_PRESETS,
     "outliers": OUTLIER_PRESETS,
     "hashhop": HASHHOP_PRESETS,
+    "rates": RATES_PRESETS,
 }
 
 
 def task_of(work: AnyWork) -> Task:
     return TASKS[work.task]
+
+
+def source_of(work: AnyWork) -> Source:
+    """The module of a work, whether it trains or not."""
+    return STUDIES[work.task] if work.task in STUDIES else TASKS[work.task]
 
 
 def work_of(settings: dict) -> Any:

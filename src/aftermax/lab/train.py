@@ -8,12 +8,10 @@ beside the old one and renamed over it, so that one whole checkpoint exists at a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aftermax.lab.store import Row, Store
+from aftermax.lab.store import Row, Store, alone
 from aftermax.lab.tasks import Data, task_of
 from aftermax.lab.work import AnyWork, Run
 from aftermax.losses import FactoredLinear
@@ -50,7 +48,7 @@ def train(
         Whether the run is finished.
     """
     torch.set_num_threads(run.work.threads)
-    with _alone(folder / run.id):
+    with alone(folder / run.id):
         if store.status(run.id) == "done":
             return True
         store.begin(run.id)
@@ -200,15 +198,3 @@ def load(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
                     optimiser.state[parameter] = held
         torch.set_rng_state(checkpoint.get_tensor("generator"))
         return json.loads(checkpoint.metadata()["step"])
-
-
-@contextmanager
-def _alone(folder: Path):
-    """Hold the run's lock, so that two processes never write one run; it dies with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is at work on {folder.name}") from None
-        yield
