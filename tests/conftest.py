@@ -81,6 +81,14 @@ def hashhop_comparison(tmp_path_factory):
     return compared_hashhop(tmp_path_factory.mktemp("hashhop_comparison"))
 
 
+@pytest.fixture(scope="session")
+def rates_comparison(tmp_path_factory):
+    """A finished `aftermax compare --task rates`: its folder, what it printed."""
+    from .lab_work import compared_rates
+
+    return compared_rates(tmp_path_factory.mktemp("rates_comparison"))
+
+
 @pytest.fixture(scope="session", params=["labels", "words"])
 def output_comparison(request, tmp_path_factory):
     """The same of a task whose systems are output layers."""

@@ -17,6 +17,7 @@ from aftermax.lab.hashhop_work import HashHopWork
 from aftermax.lab.labels_work import LabelsWork
 from aftermax.lab.models import DecoderLM
 from aftermax.lab.outliers_work import OutliersWork
+from aftermax.lab.rates_work import RatesWork
 from aftermax.lab.store import Store
 from aftermax.lab.vision_work import VisionWork
 from aftermax.lab.words_work import WordsWork
@@ -170,6 +171,16 @@ def compared_hashhop(folder: Path) -> tuple[Path, str]:
         **{"layers": 1, "width": 16, "heads": 2, "batch": 8, "steps": 20, "scored": 4},
         seeds=(0, 1, 2),
         learning_rates=(1e-2,),
+    )
+    return compared_work(work, folder)
+
+
+def compared_rates(folder: Path) -> tuple[Path, str]:
+    """The same of the task of rates: enough replicates for a band, and the other gate's data."""
+    work = RatesWork(
+        systems=("softmax/tanh/one", "sigmoid/tanh/one/softmax"),
+        **{"dim": 1, "samples": 60, "multiples": (1, 4), "starts": 3, "searched": 6},
+        seeds=(0, 1, 2, 3, 4),
     )
     return compared_work(work, folder)
 

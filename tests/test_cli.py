@@ -91,6 +91,7 @@ def test_help_of_a_task_gives_its_own_options(run):
         (["--task", "text", "--steps", "7"], "text", {"steps": 7}),
         (["--task", "vision"], "vision", {}),
         (["--steps", "7", "--task=vision"], "vision", {"steps": 7}),
+        (["--task", "rates", "--dim", "1"], "rates", {"dim": 1}),
     ],
     ids=" ".join,
 )
@@ -115,6 +116,8 @@ def interrupt():
         (["quick", "--patch", "2"], "--patch"),
         (["--task", "vision", "--systems", "softmax/alibi"], "softmax/alibi: no trait alibi;"),
         (["--task", "vision", "--data", "nowhere"], "--data nowhere: there is no such folder"),
+        (["quick", "--task", "rates", "--steps", "7"], "--steps"),
+        (["full", "--task", "rates", "--box", "1"], "box >= 1.2, got 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

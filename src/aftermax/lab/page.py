@@ -38,6 +38,14 @@ class Page:
     """The main numbers, for the end of a run; 80 columns hold them."""
     claims: str = ""
     """Head of the column of what the papers claim; "" = no such column."""
+    verdicts: str = (
+        "Differences over the same seeds, mean ± half of the 95% interval of Student's t."
+    )
+    """How the sentences were come by."""
+    cells: str = "Mean ± standard deviation over seeds. Shaded: the best mean of a column."
+    """What stands in the tables."""
+    fewest: int = 3
+    """Seeds below which nothing is said in words."""
 
 
 def table(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +141,9 @@ def starts(
     count: int,
     minimisers: Tensor | None = None,
 ) -> Tensor:
-    """(count, k, size): a third near the truth (its atoms, and copies of some of them), a third near
-    some of the minimisers (m, k, size) where there are any, the rest anywhere in the box. A wave
-    has no truth to be near."""
+    """(count, k, size): a third near the truth (its atoms, and copies of some), a third near some
+    of the minimisers (m, k, size) where there are any, the rest anywhere in the box. A wave has
+    no truth to be near."""
     k, size, truth = work.atoms(arm), arm.model.size, arm.true_atoms
     third = (count + 2) // 3
     out = torch.rand(count, k, size, generator=generator, dtype=torch.float64) * 2 - 1
@@ -172,11 +173,9 @@ class Fitted(NamedTuple):
     what a free parameter moves it by: noise^2 / n."""
 
 
-def fitted(
-    work: RatesWork, arm: RatesArm, minimisers: Minimisers, seed: int, size: int
-) -> Fitted:
-    """Least squares at one size: all starts on the first samples, then the better half on four times
-    as many, and so on to all of them."""
+def fitted(work: RatesWork, arm: RatesArm, minimisers: Minimisers, seed: int, size: int) -> Fitted:
+    """Least squares at one size: all starts on the first samples, then the better half on four
+    times as many, and so on to all of them."""
     drawn = samples(work, seed, size)
     y = arm.true_values(drawn.x) + work.noise * drawn.noise
     generator = torch.Generator().manual_seed(2**31 + 1_000_003 * seed + size)
@@ -212,19 +211,13 @@ def known_minimisers(
         start = starts(work, arm, generator, work.searched)
         best = search(arm.model, population, start, work.box)
         numbers = torch.tensor([best.misfit, best.share], dtype=torch.float64)
-        scratch = path.with_suffix(f".{run_mark()}.part")
+        # two workers that search at once write the same numbers, each to a file of its own
+        scratch = path.with_suffix(f".{os.getpid()}.part")
         save_file({"atoms": best.atoms, "numbers": numbers}, scratch)
         scratch.replace(path)
     held = load_file(path)
     misfit, share = held["numbers"].tolist()
     return Minimisers(held["atoms"], misfit, share)
-
-
-def run_mark() -> str:
-    """Two workers that search at once write the same numbers, each to a file of its own."""
-    import os
-
-    return str(os.getpid())
 
 
 def measured(

@@ -55,7 +55,8 @@ def fit(
         start: (B, k, size).
         x, y: the samples, (n, dim) and (n,), the same for all; or y (B, n).
         weight: (n,); 1 / n by default.
-        tolerance: of the share of the loss that a step still gains; `QUIET_STEPS` of them end a fit.
+        tolerance: of the share of the loss that a step still gains; `QUIET_STEPS` of them end a
+            fit.
 
     >>> truth = torch.tensor([[[0.5, 1.0, 0.0, 2.0, 1.0]]], dtype=torch.float64)
     >>> x = torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None]
@@ -91,9 +92,7 @@ def _normal(mixture, atoms, x, y, weight, anchor: Anchor | None, own) -> Normal:
         return Normal(loss, gradient, gram)
     metric = anchor.strength * anchor.metric.repeat(atoms.shape[1])
     away = (atoms - anchor.at[own]).flatten(1)
-    return Normal(
-        loss + _pull(atoms, anchor, own), gradient + metric * away, gram + metric.diag()
-    )
+    return Normal(loss + _pull(atoms, anchor, own), gradient + metric * away, gram + metric.diag())
 
 
 class _State:

@@ -4,9 +4,9 @@
     sigmoid gate: f(x) = sum_j sigmoid(s_j) h_j
     s_j = x' A_j x + b_j' x + c_j,   h_j = g(w_j' x + v_j)
 
-Row i of attention is such a mixture of the tokens (arXiv 2502.00281, section 2; the sigmoid gate of
-2405.13997 has linear scores). "Partially quadratic" scores have no b. An atom is one (A, b, c, w, v),
-a row of numbers in this order; A is given by the coefficients of x_i x_j, i <= j.
+Row i of attention is such a mixture of the tokens, of quadratic scores (arXiv 2502.00281, after
+2405.13997). "Partially quadratic" scores have no b. An atom is one (A, b, c, w, v), a row of
+numbers in this order; A is given by the coefficients of x_i x_j, i <= j.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ class Expert:
 
 EXPERTS: dict[str, Expert] = {
     "linear": Expert("linear", "w·x + v", lambda u: u, lambda u, _: torch.ones_like(u)),
-    "polynomial": Expert(
-        "polynomial", "(w·x + v)²", torch.square, lambda u, _: 2 * u, even=True
-    ),
+    "polynomial": Expert("polynomial", "(w·x + v)²", torch.square, lambda u, _: 2 * u, even=True),
     "tanh": Expert("tanh", "tanh(w·x + v)", torch.tanh, lambda _, h: 1 - h.square()),
     "offset": Expert(
         f"{OFFSET:g} + tanh",
@@ -96,7 +94,7 @@ class Mixture:
         return EXPERTS[self.expert]
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, dim) -> what scores are linear in (scores, n), and experts' arguments (dim + 1, n)."""
+        """(n, dim) -> what scores are linear in, (scores, n), and what u is, (dim + 1, n)."""
         one = torch.ones_like(x[:, 0])
         i, j = torch.triu_indices(self.dim, self.dim)
         columns = x.T
@@ -138,9 +136,7 @@ class Mixture:
         )
         return f, whole.flatten(-3, -2)
 
-    def normal(
-        self, atoms: Tensor, x: Tensor, y: Tensor, weight: Tensor | None = None
-    ) -> Normal:
+    def normal(self, atoms: Tensor, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Normal:
         """Loss, gradient and Gram matrix of a batch of parameters on the same samples, in chunks.
 
         Args:

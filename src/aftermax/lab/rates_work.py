@@ -117,7 +117,7 @@ class RatesArm:
             return None
         rows = []
         for score, expert in zip(TRUTH_SCORES[dim], TRUTH_EXPERTS[dim], strict=True):
-            quadratic, (*linear, constant) = score[:-dim - 1], score[-dim - 1 :]
+            quadratic, (*linear, constant) = score[: -dim - 1], score[-dim - 1 :]
             kept = [] if self.model.partial else linear
             forms = [*quadratic, *kept]
             rows.append([*(0.0 * x if self.constant else x for x in forms), constant, *expert])
@@ -159,9 +159,10 @@ class RatesWork(AnyWork):
         *("softmax/tanh/one", "sigmoid/tanh/one", "sigmoid/offset/one"),
         *("softmax/linear/one", "sigmoid/linear/one"),
     )
-    """Gate and expert, and after further slashes: partial (scores without b), one (one true atom, not
-    two), constant (true scores are constants), and whose data it is fitted to, softmax, sigmoid or
-    wave, where it is not its own gate's. Experts are linear, polynomial, tanh and offset."""
+    """Gate and expert, and after further slashes: partial (scores without b), one (one true atom,
+    not two), constant (true scores are constants), and whose data it is fitted to, softmax, sigmoid
+    or wave, where it is not its own gate's. Experts are linear, polynomial, tanh and offset
+    (3 + tanh, which cannot vanish)."""
     dim: Literal[1, 2] = 2
     """Of x, which is uniform in [-1, 1]^dim."""
     extra: int = 1
@@ -175,8 +176,8 @@ class RatesWork(AnyWork):
     multiples: tuple[int, ...] = (1, 4, 16)
     """Sample sizes as multiples of the smallest."""
     starts: int = 9
-    """Of each fit: a third near the truth, a third near minimisers of the population's loss, the rest
-    anywhere in the box; the least loss counts."""
+    """Of each fit: a third near the truth, a third near minimisers of the population's loss, the
+    rest anywhere in the box; the least loss counts."""
     searched: int = 64
     """Starts of the search for the minimisers of the population's loss."""
     seeds: tuple[int, ...] = tuple(range(8))
@@ -190,7 +191,9 @@ class RatesWork(AnyWork):
             raise ValueError(f"dim is 1 or 2, got {self.dim}")
         if self.multiples[:1] != (1,) or list(self.multiples) != sorted(set(self.multiples)):
             raise ValueError(f"multiples must rise and begin with 1, got {self.multiples}")
-        largest = max(abs(x) for rows in (TRUTH_SCORES, TRUTH_EXPERTS) for r in rows[self.dim] for x in r)
+        largest = max(
+            abs(x) for rows in (TRUTH_SCORES, TRUTH_EXPERTS) for r in rows[self.dim] for x in r
+        )
         if not self.box >= largest:
             raise ValueError(f"the box must hold the truth, box >= {largest:g}, got {self.box:g}")
         if not self.noise > 0:

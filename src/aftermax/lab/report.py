@@ -15,6 +15,7 @@ from aftermax.lab import (
     labels_page,
     outliers_page,
     plots,
+    rates_page,
     text_page,
     vision_page,
     words_page,
@@ -29,6 +30,7 @@ PAGES: dict[str, Page] = {
     "words": words_page.PAGE,
     "outliers": outliers_page.PAGE,
     "hashhop": hashhop_page.PAGE,
+    "rates": rates_page.PAGE,
 }
 """By task."""
 

@@ -51,7 +51,7 @@ class Source(Protocol):
 
 
 class Study(Source, Protocol):
-    """A task whose runs are no training: it does them by itself, and they have no cost of a step."""
+    """A task whose runs are no training: it does them by itself, and no step has a cost."""
 
     def perform(
         self, run: Any, data: Any, store: Store, folder: Path, proceed: Callable[[], bool], /

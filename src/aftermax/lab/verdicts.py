@@ -210,6 +210,13 @@ def of_hashhop(results: Results) -> list[str]:
     return sentences
 
 
+def of_rates(results: Results) -> list[str]:
+    """What the papers say of the rates, and what was measured."""
+    from aftermax.lab.rates_claims import sentences  # it reads `Results`, which reads this
+
+    return sentences(results)
+
+
 def _ratio(results: Results, measure: str, a: str, b: str) -> str | None:
     """Geometric mean of a / b over the seeds that both have, with its 95% interval."""
     logs = [
@@ -240,4 +247,5 @@ VERDICTS = {
     "words": of_words,
     "outliers": of_outliers,
     "hashhop": of_hashhop,
+    "rates": of_rates,
 }
