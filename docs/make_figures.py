@@ -23,6 +23,8 @@
     aftermax export --out aftermax-outliers --to docs/results/outliers.parquet
     aftermax compare standard --task outliers --learning-rates 0.002 --out aftermax-outliers
     aftermax export --out aftermax-outliers --to docs/results/outliers_one_rate.parquet
+    aftermax compare full --task rates --out aftermax-rates
+    aftermax export --out aftermax-rates --to docs/results/rates.parquet
     make figures
 
 What stands between `<!-- name -->` and `<!-- /name -->` in README.md and docs/*.md is written here;
@@ -46,6 +48,7 @@ import longvq_results
 import matplotlib
 import outlier_results
 import output_results
+import rate_results
 import recurformer_results
 import sparsek_results
 import studies
@@ -63,6 +66,7 @@ IMAGES = DOCS / "results" / "vision.parquet"
 WORDS = DOCS / "results" / "words.parquet"
 OUTLIERS = DOCS / "results" / "outliers.parquet"
 OUTLIERS_ONE_RATE = DOCS / "results" / "outliers_one_rate.parquet"
+RATES = DOCS / "results" / "rates.parquet"
 ALIBI = "Flat loss to 16x (3.281 -> 3.270), but the needle is lost (2505.17083)."
 """Published of softmax with ALiBi, which is no entry of its own."""
 PAGES = (
@@ -83,6 +87,7 @@ PAGES = (
     DOCS / "sparsek.md",
     DOCS / "fixed_memory.md",
     DOCS / "needle.md",
+    DOCS / "rates.md",
 )
 
 
@@ -279,6 +284,9 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "outlier-settings": compared(OUTLIERS, settings_list),
     "outlier-one-rate": compared(OUTLIERS_ONE_RATE, outlier_results.one_rate),
     "outlier-one-rate-verdicts": compared(OUTLIERS_ONE_RATE, verdicts),
+    "rate-claims": compared(RATES, rate_results.claims),
+    "rate-tables": compared(RATES, rate_results.others),
+    "rate-settings": compared(RATES, settings_list),
     "image-tables": compared(IMAGES, all_tables),
     "image-verdicts": compared(IMAGES, verdicts),
     "image-settings": compared(IMAGES, settings_list),
@@ -347,6 +355,7 @@ def main() -> None:
             "label": label_sets.TAGS,
             "word": WORDS,
             "outlier": OUTLIERS,
+            "rate": RATES,
         }
         for kind, path in others.items():
             if path.exists():

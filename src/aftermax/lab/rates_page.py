@@ -9,7 +9,7 @@ from aftermax import __version__
 from aftermax.lab.page import Cell, Page, Tables
 from aftermax.lab.page import terminal_table as begin_terminal_table
 from aftermax.lab.rates import FIRST, FIRST_STEPS, JITTER, LATER_STEPS, told
-from aftermax.lab.rates_claims import MEASURES, held
+from aftermax.lab.rates_claims import MEASURES, SAID, held
 from aftermax.lab.rates_stats import FEWEST, medians, predicted, slope
 from aftermax.lab.rates_work import RatesWork
 from aftermax.lab.results import Results
@@ -26,8 +26,8 @@ CAPTIONS = {
     "slopes": (
         "The slopes",
         "Of log median on log n, with 95% bootstrap bands over whole replicates; hollow where the "
-        "data are not the gate's own. Lines: what √(log n / n) and its square root have over these "
-        "very sizes, and no fall at all.",
+        "data are not the gate's own. Grey: n^-1/2 and n^-1/4, each from the bare power to what it "
+        "is with its logarithm over these very sizes. Dotted: no fall at all.",
     ),
     "crossed": (
         "The same data for both gates",
@@ -52,7 +52,7 @@ def tables(results: Results) -> Tables:
     """Claims, slopes, medians at each size, what the fits and the minimisers are like."""
     shown = {"Slopes": slopes(results)}
     if held(results):
-        shown = {"What the papers say": claims(results)} | shown
+        shown = {SAID: claims(results)} | shown
     for measure in ("function", "function_best", "experts_truth", "experts_minimisers"):
         shown[f"Median: {MEASURES[measure]}"] = by_size(results, measure)
     shown["Fits and minimisers"] = fits(results)
@@ -147,7 +147,7 @@ def terminal_table(results: Results) -> Table:
     shown = begin_terminal_table("slopes of log median error on log n", list(names.values()))
     for arm in results.arms:
         found = [slope(results, arm.name, measure) for measure in names]
-        shown.add_row(arm.name, *("–" if s is None else s.text() for s in found))
+        shown.add_row(arm.name, *("–" if s is None else s.short() for s in found))
     return shown
 
 

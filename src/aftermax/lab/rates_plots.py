@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aftermax.lab.draw import COLOURS
-from aftermax.lab.rates_stats import FEWEST, band, predicted, replicates, slope
+from aftermax.lab.rates_claims import expected
+from aftermax.lab.rates_stats import FEWEST, band, replicates, slope
 from aftermax.lab.rates_work import RatesArm
 from aftermax.lab.results import Results
 
@@ -60,14 +61,16 @@ def rates(results: Results) -> Figure | None:
     return figure
 
 
-def _curve(axis: Axes, results: Results, arm: RatesArm, measure: str, label: str, look) -> None:
+def _curve(
+    axis: Axes, results: Results, arm: RatesArm, measure: str, label: str, look, told: bool = True
+) -> None:
     values = replicates(results, arm.name, measure)
     if values is None:
         return
     x = results.work.lengths
-    known = slope(results, arm.name, measure)
-    told = "" if known is None else f"  {known.text()}"
-    axis.plot(x, np.median(values, 0), label=f"{label}{told}", **look)
+    known = slope(results, arm.name, measure) if told else None
+    label = label if known is None else f"{label}  {known.text()}"
+    axis.plot(x, np.median(values, 0), label=label, **look)
     if len(values) >= FEWEST:
         axis.fill_between(x, *band(values), color=look["color"], alpha=0.15, linewidth=0)
 
@@ -111,10 +114,10 @@ def slopes(results: Results) -> Figure | None:
         return None
     arms = results.arms
     figure, axes = plt.subplots(1, 3, figsize=(13, 0.36 * len(arms) + 1.5), sharey=True)
-    root = predicted(results.work.lengths)
     for axis, (measure, label) in zip(axes, SHOWN.items(), strict=True):
-        for at in (root, root / 2, 0.0):
-            axis.axvline(at, color="#999999", linewidth=1, linestyle="-" if at == root else ":")
+        axis.axvline(0.0, color="#999999", linewidth=1, linestyle=":")
+        for exponent in ("1/2", "1/4"):
+            axis.axvspan(*expected(results, exponent), color="#E4E4E4", linewidth=0, zorder=0)
         for place, arm in zip(range(len(arms), 0, -1), arms, strict=True):
             known = slope(results, arm.name, measure)
             if known is None:
@@ -149,7 +152,7 @@ def crossed(results: Results) -> Figure | None:
             look = LOOKS[arm.gate] | {"linestyle": TRUTH_LINES[arm.truth_gate]}
             if not arm.own:
                 look["markerfacecolor"] = "white"
-            _curve(axis, results, arm, "function", f"{arm.gate} on {made}", look)
+            _curve(axis, results, arm, "function", f"{arm.gate} on {made}", look, told=False)
             floor = results.at(arm.name, "misfit", results.work.multiples[-1])
             if floor is not None and floor.mean > 1e-9:
                 axis.axhline(floor.mean**0.5, color=look["color"], linewidth=0.8, linestyle=":")

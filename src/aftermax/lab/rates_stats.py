@@ -23,8 +23,13 @@ class Slope(NamedTuple):
     low: float
     high: float
 
-    def holds(self, slope: float) -> bool:
-        return self.low <= slope <= self.high
+    def meets(self, low: float, high: float) -> bool:
+        """Whether the band has something in common with those slopes."""
+        return self.low <= high and low <= self.high
+
+    def short(self) -> str:
+        """With half the width of the band, for 80 columns."""
+        return f"{self.value:+.2f} ± {(self.high - self.low) / 2:.2f}"
 
     def text(self) -> str:
         return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})"

@@ -267,7 +267,7 @@ PRESETS = {
         ),
         multiples=(1, 4, 16, 64),
         searched=256,
-        seeds=tuple(range(16)),
+        seeds=tuple(range(24)),
     ),
 }
 """quick: a couple of minutes on two cores. full: half an hour or so."""
