@@ -25,7 +25,7 @@ TAKES = {
     "quick": "One seed, one learning rate: some minutes on two cores.",
     "standard": "Three seeds, the learning rate of each system searched: an hour or so.",
     "long": "A larger model, trained for longer: hours, or a night.",
-    "full": "What the documentation shows: an hour or so.",
+    "full": "What the documentation shows: half an hour or so.",
 }
 QUICK_FITS = "Eight replicates of five systems: a couple of minutes on two cores."
 
