@@ -39,7 +39,7 @@ def predicted(sizes: Sequence[int]) -> float:
     """The slope of sqrt(log n / n) over these sizes: -1/2 is its limit, and far away.
 
     >>> round(predicted([1000, 4000, 16000, 64000]), 3)
-    -0.445
+    -0.443
     """
     return float(fitted_slope(sizes, np.array([math.sqrt(math.log(n) / n) for n in sizes])))
 
