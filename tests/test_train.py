@@ -259,7 +259,7 @@ def test_a_finished_run_is_left_alone(work, corpus, tmp_path, straight):
 
 def test_two_processes_never_work_on_one_run(work, corpus, tmp_path):
     run = run_of(work, corpus)
-    with open_store(tmp_path, run) as store, loop._alone(tmp_path / run.id):
+    with open_store(tmp_path, run) as store, loop.alone(tmp_path / run.id):
         with pytest.raises(OSError, match=f"another process is at work on {run.id}"):
             train(run, corpus, store, tmp_path)
         assert store.rows(run.id) == []
