@@ -11,7 +11,7 @@ LIBRARY := $(KERNELS)/libaftermax.so
 DOOR := $(wildcard tests/test_hf*.py)
 NATIVE := CMakeLists.txt $(wildcard $(KERNELS)/cpu/*)
 
-.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-linear bench-longvq bench-mqar bench-needle bench-output bench-recurformer bench-sparsek bench-hf bench-trees docs figures clean
+.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-closeness bench-linear bench-longvq bench-mqar bench-needle bench-output bench-recurformer bench-sparsek bench-hf bench-trees docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
 	$(BIN)/aftermax compare quick
@@ -53,6 +53,10 @@ bench-rows: .venv/dev.done kernels  ## the row kernels against torch and the mac
 
 bench-attention: .venv/lab.done kernels  ## attention on the kernels against torch and the machine's multipliers
 	$(BIN)/python benchmarks/attention.py
+
+bench-closeness: .venv/lab.done  ## the theory of softmax regression: its proof by computer, slopes, bounds
+	$(BIN)/python benchmarks/curvature.py
+	$(BIN)/python benchmarks/closeness.py
 
 bench-linear: .venv/lab.done kernels  ## the linear walk against chunk loops in torch, and against T
 	$(BIN)/python benchmarks/linear.py

@@ -33,6 +33,7 @@ pytest_collect_file = Sybil(
         "docs/sparsek.md",
         "docs/longvq.md",
         "docs/recurformer.md",
+        "docs/regression_theory.md",
         "docs/huggingface.md",
         "docs/huggingface_examples.md",
     ],

@@ -6,6 +6,8 @@
     aftermax export --out aftermax-images --to docs/results/vision.parquet
     python benchmarks/rows.py --save docs/results/rows.json
     python benchmarks/attention.py --save docs/results/attention.json
+    python benchmarks/closeness.py --save docs/results/closeness.json
+    python benchmarks/curvature.py --save docs/results/curvature.json
     python benchmarks/linear.py --save docs/results/linear.json
     python benchmarks/longvq.py --save docs/results/longvq.json
     python benchmarks/mqar.py --save docs/results/mqar.json
@@ -39,6 +41,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import closeness_results
 import hf_results
 import kernel_results
 import label_sets
@@ -87,6 +90,7 @@ PAGES = (
     DOCS / "sparsek.md",
     DOCS / "fixed_memory.md",
     DOCS / "needle.md",
+    DOCS / "regression_theory.md",
     DOCS / "rates.md",
 )
 
@@ -194,6 +198,11 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
             "![Extra memory over T](figures/attention_memory.png)"
         ),
     ),
+    "closeness-slopes": measured(closeness_results.CLOSENESS, closeness_results.slopes),
+    "closeness-ratios": measured(closeness_results.CLOSENESS, closeness_results.ratios),
+    "closeness-search": measured(closeness_results.CLOSENESS, closeness_results.search),
+    "closeness-machine": machine_of(closeness_results.CLOSENESS),
+    "curvature-proof": measured(closeness_results.CURVATURE, closeness_results.proof),
     "linear-targets": measured(linear_results.LINEAR, linear_results.linear_targets),
     "linear-exponents": measured(linear_results.LINEAR, linear_results.linear_exponents),
     "linear-crossing": measured(linear_results.LINEAR, linear_results.linear_crossing),
@@ -340,6 +349,8 @@ def main() -> None:
                 ours["attention_memory"] = kernel_results.attention_memory()
             if recurformer_results.RECURFORMER.exists():
                 ours["recurformer"] = recurformer_results.figure()
+            if closeness_results.CLOSENESS.exists():
+                ours["closeness"] = closeness_results.slope_figure()
             if linear_results.LINEAR.exists():
                 ours["linear_lengths"] = linear_results.linear_lengths()
             if sparsek_results.SPARSEK.exists():

@@ -10,7 +10,7 @@ f = (1/2, 1/2, 0, ...). J being the derivative of softmax at every point of the 
     norm(f(Ax') - f(Ax)) <= norm(A) norm(x' - x) / 2
     norm(f(A'x) - f(Ax)) <= norm(x) norm(A' - A) / 2
 
-**The Hessian of l** has its eigenvalues in `CURVATURE_PROVED`, (-0.2405, 0.3085), for every b >= 0
+**The Hessian of l** has its eigenvalues in `CURVATURE_PROVED`, (-0.24042, 0.30815), for every b >= 0
 with sum(b) <= 1; in a search all were between `CURVATURE_MIN` and `CURVATURE_MAX`. These are the
 extremes of 4 s^2 (1 - s)(2 - 3 s), the curvature of two classes of which the first has s and the
 target is on the second, at s = (15 + sqrt 33) / 24 and (15 - sqrt 33) / 24.
@@ -41,7 +41,7 @@ CURVATURE_MIN = _curvature_of_two((15 + math.sqrt(33)) / 24)
 """-0.240409, smallest eigenvalue of the Hessian of norm(softmax(z) - b)^2 / 2."""
 CURVATURE_MAX = _curvature_of_two((15 - math.sqrt(33)) / 24)
 """0.308117, the largest."""
-CURVATURE_PROVED = (-0.2405, 0.3085)
+CURVATURE_PROVED = (-0.24042, 0.30815)
 """What both are proved to stay within, for any number of classes, by benchmarks/curvature.py."""
 THIRD_DERIVATIVE_MAX = 0.5714073589522375
 """Largest size of its third derivative along a unit vector: s = 0.636264 is a root of
@@ -60,13 +60,13 @@ quoted is a paper's."""
 
 
 def safe_step(A: Tensor) -> Tensor:
-    """1 / (0.3085 norm(A)^2): gradient descent with it never raises the loss, (...,).
+    """1 / (0.30815 norm(A)^2): gradient descent with it never raises the loss, (...,).
 
     Args:
         A: (..., n, d).
 
     >>> safe_step(torch.eye(2))
-    tensor(3.2415)
+    tensor(3.2452)
     """
     return 1 / (CURVATURE_PROVED[1] * _norm(A, "A") ** 2)
 
@@ -74,8 +74,8 @@ def safe_step(A: Tensor) -> Tensor:
 def convex_weight(A: Tensor, strength: float = 0.0) -> Tensor:
     """The least w with which norm(f - b)^2 / 2 + norm(w A x)^2 / 2 is strongly convex, (...,).
 
-    w^2 = 0.2405 + strength / sigma_min(A)^2 makes every eigenvalue of the Hessian at least
-    `strength`. The papers (Deng, Li, Song, arXiv 2304.10411) ask for 4 in place of 0.2405, and for
+    w^2 = 0.24042 + strength / sigma_min(A)^2 makes every eigenvalue of the Hessian at least
+    `strength`. The papers (Deng, Li, Song, arXiv 2304.10411) ask for 4 in place of 0.24042, and for
     100 where the Hessian is approximated.
 
     Args:
@@ -83,7 +83,7 @@ def convex_weight(A: Tensor, strength: float = 0.0) -> Tensor:
         strength: 0 or more.
 
     >>> convex_weight(torch.eye(2))
-    tensor(0.4904)
+    tensor(0.4903)
     """
     if not 0 <= strength < math.inf:
         raise ValueError(f"strength must be 0 or more, and finite, got {strength}")
