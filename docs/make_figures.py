@@ -12,6 +12,7 @@
     python benchmarks/longvq.py --save docs/results/longvq.json
     python benchmarks/mqar.py --save docs/results/mqar.json
     python benchmarks/needle.py --save docs/results/needle.json
+    python benchmarks/in_context.py --save docs/results/in_context.json
     python benchmarks/output.py --save docs/results/output.json
     python benchmarks/soft_topk.py --save docs/results/soft_topk.json
     python benchmarks/label_trees.py --save docs/results/label_trees.json
@@ -43,6 +44,7 @@ from pathlib import Path
 
 import closeness_results
 import hf_results
+import in_context_results
 import kernel_results
 import label_sets
 import labels_results
@@ -92,6 +94,7 @@ PAGES = (
     DOCS / "needle.md",
     DOCS / "regression_theory.md",
     DOCS / "rates.md",
+    DOCS / "in_context.md",
 )
 
 
@@ -272,6 +275,10 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "recurformer-smol": measured(recurformer_results.RECURFORMER, recurformer_results.smol),
     "recurformer-machine": machine_of(recurformer_results.RECURFORMER),
     "needle": lambda _: studies.needle_page(),
+    **{
+        f"in-context-{name}": measured(in_context_results.IN_CONTEXT, block)
+        for name, block in in_context_results.BLOCKS.items()
+    },
     "row-targets": lambda _: kernel_results.row_targets(("avx512",)),
     "row-targets-all": lambda _: kernel_results.row_targets(("avx512", "avx2")),
     "row-algorithms": lambda _: kernel_results.row_algorithms(),
@@ -344,6 +351,9 @@ def main() -> None:
                 ours["mqar"] = plots.mqar(studies.mqar_study())
             if studies.NEEDLE.exists():
                 ours["needle"] = plots.needle(studies.needle_study())
+            if in_context_results.IN_CONTEXT.exists():
+                ours["in_context"] = in_context_results.figure()
+                ours["in_context_systems"] = in_context_results.systems_figure()
             if kernel_results.ATTENTION.exists():
                 ours["attention_lengths"] = kernel_results.attention_lengths()
                 ours["attention_memory"] = kernel_results.attention_memory()
