@@ -60,6 +60,7 @@ def complete(name: str, study: Study, store) -> None:
         print(
             f"{name:7} {done:3} of {asked}  {job.kind:6} {job.arm:15} rate {job.rate:.0e} seed "
             f"{job.seed:4}  loss {outcome.last.loss:.4f}  cosine {outcome.last.cosine:.4f}  "
+            f"beta {outcome.temperature or 0:+.3f}  "
             f"{outcome.seconds:4.0f} s  about {left:.0f} min left",
             flush=True,
         )

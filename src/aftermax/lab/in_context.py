@@ -194,6 +194,16 @@ class Layer(Attention):
         mask = torch.cat([of_data, torch.eye(queries, dtype=torch.bool)], 1)
         return self.system.attend(query, key, value, Visible(mask=mask), **self._options())
 
+    def temperature(self) -> float:
+        """Factor of a_i . a' in the scores that 1 / sqrt(d + 1) scales: the mean over channels of
+        the diagonal of W_Q^T W_K, with the gains of a QK norm. Its sign tells two ways apart in
+        which a layer can do the same: values of one sign, or of the other."""
+        product = self.to_query.weight * self.to_key.weight
+        for norm in (self.query_norm, self.key_norm):
+            if not isinstance(norm, nn.Identity):
+                product = product * norm.weight[:, None]
+        return float(product.sum(0)[:-1].mean()) / self.head_dim**0.5
+
 
 class LinearLayer(Layer):
     """`Layer` with `Products`, in O(n): what all queries see is summed once."""
@@ -227,12 +237,12 @@ def _of(*names: str) -> dict[str, Arm]:
 ARMS: dict[str, Arm] = {
     "gd": Arm("one gradient step, learned size"),
     "products": Arm("linear self-attention"),
-    **_of("softmax", "softmax-one", "log-n", "clipped", "cosine", "lssa", "lssar", "sigmoid"),
-    **_of("relu-power", "rela", "linear", "inline", "cottention", "normalised"),
+    **_of("softmax", "log-n", "cosine", "lssa", "lssar", "sigmoid", "relu-power", "rela"),
+    **_of("linear", "inline", "normalised"),
     "softmax/qk-norm": Arm("softmax, QK norm", "softmax", qk_norm=True),
     "log-n/qk-norm": Arm("log-n softmax, QK norm", "log-n", qk_norm=True),
 }
-"""Systems of the catalogue that need no positions, and no tokens of an order."""
+"""Systems of the catalogue that need no positions and no order, one of each kind."""
 
 
 def model_of(arm: str, width: int) -> nn.Module:

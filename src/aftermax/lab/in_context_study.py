@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from aftermax.lab.in_context import (
     ARMS,
     Answer,
+    Layer,
     Measures,
     Tasks,
     answer,
@@ -91,10 +92,10 @@ class Setting:
         return draw(count, self.rows, self.width, generator, dtype)
 
 
-LINEAR = ("linear", "inline", "cottention", "normalised")
+LINEAR = ("linear", "inline", "normalised")
 DENSE = tuple(name for name in ARMS if name not in (*Setting.arms, *LINEAR))
 STUDIES: dict[str, Setting] = {
-    "main": Setting(seeds=(0, 1, 2, 3, 4)),
+    "main": Setting(seeds=tuple(range(8))),
     "systems": Setting(arms=DENSE),
     **{f"d={width}": Setting(width=width) for width in (5, 10, 40)},
     "n=200": Setting(rows=200, batch=16),
@@ -128,6 +129,8 @@ class Outcome(NamedTuple):
     looks: tuple[Look, ...]
     seconds: float
     """Of this process's CPU."""
+    temperature: float | None = None
+    """Of the trained layer, `Layer.temperature`; None where there is none."""
 
     @property
     def last(self) -> Measures:
@@ -187,7 +190,8 @@ def run(setting: Setting, job: Job, scored: Scored) -> Outcome:
             looks.append(Look(step, scored.measures(model)))
             if not math.isfinite(looks[-1].measures.loss):
                 break
-    return Outcome(tuple(looks), time.process_time() - start)
+    temperature = model.temperature() if isinstance(model, Layer) else None
+    return Outcome(tuple(looks), time.process_time() - start, temperature)
 
 
 # ---- what is not trained -------------------------------------------------------------------------
@@ -244,7 +248,9 @@ class Study:
         }
         done = {
             Job(*line["job"]): Outcome(
-                tuple(Look(step, Measures(*m)) for step, m in line["looks"]), line["seconds"]
+                tuple(Look(step, Measures(*m)) for step, m in line["looks"]),
+                line["seconds"],
+                line["temperature"],
             )
             for line in held["runs"]
         }
@@ -256,7 +262,7 @@ class Study:
 
     def to_json(self) -> dict:
         runs = [
-            {"job": job, "seconds": round(outcome.seconds, 2), "looks": outcome.looks}
+            outcome._asdict() | {"job": job, "seconds": round(outcome.seconds, 2)}
             for job, outcome in self.done.items()
         ]
         return {"setting": asdict(self.setting), "untrained": self.untrained, "runs": runs}
