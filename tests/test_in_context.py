@@ -193,24 +193,9 @@ def test_linear_self_attention_is_its_system_under_the_mask():
     assert_close(quick(made), plain(made), rtol=0, atol=1e-12)
 
 
-def _step_layer(layer: Layer, temperature: float, out: float) -> Layer:
-    """Keys a_i and queries a', values n b_i - 1: the gradient step that attention can take."""
-    width = layer.head_dim
-    of_data = torch.eye(width, dtype=torch.float64)
-    of_data[-1, -1] = 0
-    of_signal = torch.zeros(width, width, dtype=torch.float64)
-    of_signal[-1, -1] = 1
-    with torch.no_grad():
-        layer.to_query.weight.copy_(temperature * of_data)
-        layer.to_key.weight.copy_(of_data)
-        layer.to_value.weight.copy_(of_signal)
-        layer.to_out.weight.copy_(out * of_signal)
-    return layer
-
-
 def test_linear_self_attention_can_be_one_gradient_step():
     made = tasks_of()
-    layer = _step_layer(LinearLayer(4).double(), 1.0, 0.03 * 7)
+    layer = LinearLayer(4).double().set_to_step(1.0, 0.03 / math.sqrt(5), 6)  # scores unscaled
     expected = answer(GradientStep(0.03).double(), made)
     found = measure(answer(layer, made), expected, made.answers)
     assert found.cosine == pytest.approx(1, abs=1e-12)
@@ -218,17 +203,26 @@ def test_linear_self_attention_can_be_one_gradient_step():
     assert found.prediction < 1e-7
 
 
-def test_softmax_attention_can_be_one_gradient_step_up_to_its_temperature():
-    """Ten times nearer with a temperature ten times lower."""
+@pytest.mark.parametrize("sign", [1, -1])
+def test_softmax_attention_can_be_one_gradient_step_up_to_its_temperature(sign):
+    """Ten times nearer with a temperature ten times lower, of either sign."""
     made = tasks_of()
     expected = answer(GradientStep(0.03).double(), made)
     gaps = []
-    for beta in (1e-2, 1e-3, 1e-4):
-        layer = Layer(4, weights=Softmax()).double()
-        layer = _step_layer(layer, beta * math.sqrt(5), 0.03 * 7 / beta)
+    for beta in (sign * 1e-2, sign * 1e-3, sign * 1e-4):
+        layer = Layer(4).double().set_to_step(beta, 0.03, 6)
+        assert layer.temperature() == pytest.approx(beta)
         gaps.append(measure(answer(layer, made), expected, made.answers).model)
     assert gaps[0] / gaps[1] == pytest.approx(10, rel=0.1)
     assert gaps[1] / gaps[2] == pytest.approx(10, rel=0.1)
+
+
+def test_the_temperature_has_the_gains_of_a_norm_in_it():
+    layer = Layer(4, qk_norm=True).set_to_step(0.5, 0.03, 6)
+    with torch.no_grad():
+        layer.query_norm.weight.fill_(-2)
+        layer.key_norm.weight.fill_(3)
+    assert layer.temperature() == pytest.approx(-3)
 
 
 @pytest.mark.parametrize("arm", ["cosine", "lssa", "lssar"])

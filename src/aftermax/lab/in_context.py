@@ -19,7 +19,9 @@ such sequences, told apart by a mask: a query sees the n tokens of the data and 
 others. Computed are the rows of the queries alone: the rows of the data are read by nobody.
 
 With keys a_i, values n b_i - 1 and scores times beta, softmax attention is one gradient step but
-for O(beta): near 0 softmax is linear. Linear self-attention, `Products`, is one exactly.
+for O(beta): near 0 softmax is linear. Linear self-attention, `Products`, is one exactly. Beta may
+have either sign, with values of the other: the first order is the same, the rest is not
+(`Layer.temperature`, `Layer.set_to_step`).
 """
 
 from __future__ import annotations
@@ -115,31 +117,32 @@ def logits_of(weights: Tensor, queries: Tensor) -> Tensor:
 
 def best_rates(tasks: Tasks, steps: int) -> list[float]:
     """Of gradient steps, chosen one after the other: that at which so many steps cost the least on
-    these tasks, given those before it. A search over e^-13 to e^-1 by factors of 1.5, then golden
-    sections around the best down to 0.1%."""
+    these tasks, given those before it."""
     x, rates = torch.zeros_like(tasks.data[:, 0]), []
     for _ in range(steps):
-        way = gradient(tasks.data, tasks.target, x) * tasks.data.shape[1] ** 2
+        way = -gradient(tasks.data, tasks.target, x) * tasks.data.shape[1] ** 2
         before, along = logits_of(x, tasks.queries), logits_of(way, tasks.queries)
-
-        def cost(log_rate: float, before=before, along=along) -> float:
-            found = loss_of(before - math.exp(log_rate) * along, tasks.answers)
-            return float(found) if found.isfinite() else math.inf
-
-        rates.append(math.exp(_least(cost, -13.0, math.log(1.5), 31)))
-        x = x - rates[-1] * way
+        rates.append(best_factor(before, along, tasks.answers))
+        x = x + rates[-1] * way
     return rates
 
 
-def _least(cost: Callable[[float], float], first: float, apart: float, count: int) -> float:
-    """Where the cost is least, around the best of a grid."""
-    middle = min((first + apart * i for i in range(count)), key=cost)
+def best_factor(before: Tensor, along: Tensor, answers: Tensor) -> float:
+    """r at which the logits `before + r along` cost the least: the best of e^-13 to e^-1 by factors
+    of 1.5, then golden sections around it down to 0.1%."""
+
+    def cost(log_factor: float) -> float:
+        found = loss_of(before + math.exp(log_factor) * along, answers)
+        return float(found) if found.isfinite() else math.inf
+
+    apart = math.log(1.5)
+    middle = min((-13 + apart * i for i in range(31)), key=cost)
     low, high = middle - apart, middle + apart
     golden = (5**0.5 - 1) / 2
     while high - low > 1e-3:
         left, right = high - golden * (high - low), low + golden * (high - low)
         low, high = (low, right) if cost(left) < cost(right) else (left, high)
-    return (low + high) / 2
+    return math.exp((low + high) / 2)
 
 
 class GradientStep(nn.Module):
@@ -202,7 +205,21 @@ class Layer(Attention):
         for norm in (self.query_norm, self.key_norm):
             if not isinstance(norm, nn.Identity):
                 product = product * norm.weight[:, None]
-        return float(product.sum(0)[:-1].mean()) / self.head_dim**0.5
+        return float(product.detach().sum(0)[:-1].mean()) / self.head_dim**0.5
+
+    def set_to_step(self, temperature: float, rate: float, rows: int) -> Layer:
+        """The weights of one gradient step of size rate n^2: keys a_i, queries a' times the
+        temperature, values n b_i - 1. It is the step as far as n + 1 weights are
+        (1 + temperature scores) / (n + 1). Returns itself."""
+        of_data = torch.eye(self.head_dim).to(self.to_key.weight)
+        of_data[-1, -1] = 0
+        of_signal = torch.eye(self.head_dim).to(of_data) - of_data
+        with torch.no_grad():
+            self.to_query.weight.copy_(temperature * self.head_dim**0.5 * of_data)
+            self.to_key.weight.copy_(of_data)
+            self.to_value.weight.copy_(of_signal)
+            self.to_out.weight.copy_(rate * (rows + 1) / temperature * of_signal)
+        return self
 
 
 class LinearLayer(Layer):

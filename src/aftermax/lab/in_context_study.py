@@ -5,7 +5,8 @@ setting on fresh tasks at every step, the same for all arms of a seed, and looks
 that are held out. The learning rate of each arm is the best of a small grid, by a run of full
 length with a seed of its own, scored on tasks of its own, which is not reported. Beside the arms
 stand learners that are not trained: uniform answers; gradient steps, whose sizes are the best on
-tasks of their own, one after the other; and the optimum, which solves each task to the end.
+tasks of their own, one after the other; the optimum, which solves each task to the end; and
+softmax heads that are set to the step by hand, at temperatures of either sign.
 
 The reference of all differences is one gradient step of the best size.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from aftermax.lab.in_context import (
     Tasks,
     answer,
     answer_of,
+    best_factor,
     best_rates,
     descend,
     draw,
@@ -49,6 +51,8 @@ SIZED = 125_000
 """Rows of the tasks on which step sizes are chosen: 5000 tasks of n = 25."""
 WARMUP = 0.02
 """Share of the steps in which the learning rate rises; then a cosine takes it to 0."""
+BETAS = tuple(sign * b for sign in (-1, 1) for b in (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2))
+"""Temperatures of the softmax heads that are set by hand."""
 STEPS = (1, 2, 5, 20)
 """Gradient steps of the learners that are not trained."""
 UNTRAINED = {
@@ -229,6 +233,25 @@ def untrained(setting: Setting) -> dict[str, Untrained]:
     }
 
 
+def heads(setting: Setting) -> dict[float, Untrained]:
+    """Softmax heads set to the step, by temperature; their output is the best on the tasks that
+    choose step sizes. In float64."""
+    sized = setting.tasks(SIZED // setting.rows, STEP_SIZES, torch.float64)
+    tasks = setting.tasks(SCORED, HELD_OUT, torch.float64)
+    (rate,) = best_rates(sized, 1)
+    reference = answer_of(descend(tasks.data, tasks.target, [rate]), tasks)
+    layer = Layer(setting.width).double()
+    found = {}
+    for beta in sorted(BETAS):
+        with torch.no_grad():
+            along = layer.set_to_step(beta, 1.0, setting.rows)(sized)
+        best = best_factor(torch.zeros_like(along), along, sized.answers)
+        layer.set_to_step(beta, best, setting.rows)
+        measures = measure(answer(layer, tasks), reference, tasks.answers)
+        found[beta] = Untrained((best,), measures)
+    return found
+
+
 # ---- the study -----------------------------------------------------------------------------------
 
 
@@ -239,6 +262,7 @@ class Study:
     setting: Setting
     done: dict[Job, Outcome] = field(default_factory=dict)
     untrained: dict[str, Untrained] = field(default_factory=dict)
+    heads: dict[float, Untrained] = field(default_factory=dict)
 
     @classmethod
     def of_json(cls, held: dict) -> Study:
@@ -258,14 +282,22 @@ class Study:
             name: Untrained(tuple(rates), Measures(*m))
             for name, (rates, m) in held["untrained"].items()
         }
-        return cls(Setting(**fields), done, untrained)
+        by_hand = {
+            beta: Untrained(tuple(rates), Measures(*m)) for beta, (rates, m) in held["heads"]
+        }
+        return cls(Setting(**fields), done, untrained, by_hand)
 
     def to_json(self) -> dict:
         runs = [
             outcome._asdict() | {"job": job, "seconds": round(outcome.seconds, 2)}
             for job, outcome in self.done.items()
         ]
-        return {"setting": asdict(self.setting), "untrained": self.untrained, "runs": runs}
+        return {
+            "setting": asdict(self.setting),
+            "untrained": self.untrained,
+            "heads": list(self.heads.items()),
+            "runs": runs,
+        }
 
     def jobs(self) -> Iterator[Job]:
         """All that the setting asks for: of each arm the rates, then the seeds at the best."""
@@ -293,6 +325,8 @@ class Study:
         """Do what is missing; `each` is called after every run that was made."""
         if not self.untrained:
             self.untrained.update(untrained(self.setting))
+        if not self.heads:
+            self.heads.update(heads(self.setting))
         (rate,) = self.untrained["gd-1"].rates
         scored = {
             "search": Scored.of(self.setting, TUNING, rate),
@@ -346,6 +380,16 @@ class Study:
                 found[seed] = outcome.looks[first].step
         return found
 
+    def signs(self, arm: str) -> dict[int, int]:
+        """By seed, the sign of the layer's temperature."""
+        found = {seed: outcome.temperature for seed, outcome in self.runs(arm).items()}
+        return {seed: 1 if t > 0 else -1 for seed, t in found.items() if t is not None}
+
+    def of_sign(self, arm: str, sign: int) -> Study:
+        """With the seeds of that sign alone."""
+        seeds = tuple(seed for seed, found in self.signs(arm).items() if found == sign)
+        return replace(self, setting=replace(self.setting, seeds=seeds))
+
     def difference(self, ours: str, theirs: str, measure: str) -> tuple[float, float] | None:
         """Mean of ours - theirs seed by seed, and the half-width of its 95% interval."""
         return paired(self.by_seed(ours, measure), self.by_seed(theirs, measure))
@@ -363,7 +407,7 @@ def joined(one: Study, other: Study) -> Study:
     seeds = tuple(sorted({*one.setting.seeds, *other.setting.seeds}))
     rates = tuple(sorted({*one.setting.rates, *other.setting.rates}))
     setting = Setting(**(_alike(one.setting) | {"arms": arms, "seeds": seeds, "rates": rates}))
-    return Study(setting, other.done | one.done, one.untrained or other.untrained)
+    return replace(one, setting=setting, done=other.done | one.done)
 
 
 def _alike(setting: Setting) -> dict:
@@ -385,4 +429,4 @@ def resumed(held: dict | None, setting: Setting) -> Study:
             f"the record is of {_alike(found.setting)}, asked for is {_alike(setting)}: "
             "give another file, or remove it"
         )
-    return Study(setting, found.done, found.untrained)
+    return replace(found, setting=setting)
