@@ -6,6 +6,7 @@ import json
 import statistics
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import kernel_results
 import numpy as np
@@ -35,7 +36,9 @@ LOOKS = {
     "gd": {"color": "#222222", "marker": "s", "linestyle": "--"},
     "products": {"color": "#D55E00", "marker": "D", "linestyle": "-"},
     "softmax": {"color": plots.COLOURS[0], "marker": "o", "linestyle": "-"},
+    "softmax-": {"color": "#56B4E9", "marker": "v", "linestyle": "-"},
 }
+SIGNS = {1: "β > 0", -1: "β < 0"}
 LINES = {
     "uniform": {"color": "#999999", "linestyle": ":"},
     "gd-1": {"color": "#222222", "linestyle": "-"},
@@ -63,6 +66,25 @@ def all_systems() -> Study:
     return whole
 
 
+class Shown(NamedTuple):
+    """An arm in a table or a figure: softmax attention once for each sign of its temperature."""
+
+    study: Study
+    arm: str
+    title: str
+    look: dict[str, Any]
+
+
+def shown(study: Study) -> list[Shown]:
+    found = [Shown(study, arm, ARMS[arm].title, LOOKS[arm]) for arm in ("gd", "products")]
+    for sign, said in SIGNS.items():
+        part = study.of_sign("softmax", sign)
+        if part.runs("softmax"):
+            title = f"{ARMS['softmax'].title}, {said}"
+            found.append(Shown(part, "softmax", title, LOOKS["softmax" + "-" * (sign < 0)]))
+    return found
+
+
 # ---- words ---------------------------------------------------------------------------------------
 
 
@@ -88,7 +110,7 @@ def _row(study: Study, arm: str) -> list[str]:
     spreads = [study.at(arm, m) for m in ("prediction", "model", "cosine")]
     cells = [_text(study.at(arm, "loss"), 4), _text(spread(study.ratio(arm)), 3)]
     cells += [_text(s, n) for s, n in zip(spreads, (3, 3, 4), strict=True)]
-    return [ARMS[arm].title, f"{study.best_rate(arm):g}", *cells]
+    return [f"{study.best_rate(arm):g}", *cells]
 
 
 def _text(found: Spread | None, digits: int) -> str:
@@ -109,14 +131,13 @@ def main_table() -> str:
         loss, prediction, model, cosine = study.untrained[name].measures
         numbers = [f"{loss:.4f}", f"{loss / of_step:.3f}"]
         numbers += [f"{prediction:.3f}", f"{model:.3f}", f"{cosine:.4f}"]
-        rows.append([title, "–", *numbers, "–"])
-    for arm in CORE:
-        reached = study.steps_to(arm).values()
-        all_of_them = len(reached) == len(study.runs(arm)) > 0
-        when = f"{min(reached)} to {max(reached)}" if all_of_them else f"{len(reached)} seeds"
-        rows.append([*_row(study, arm), when])
+        rows.append([title, "–", *numbers, "–", "–"])
+    for part, arm, title, _ in shown(study):
+        reached, count = part.steps_to(arm).values(), len(part.runs(arm))
+        when = f"{min(reached)} to {max(reached)}" if reached else "–"
+        rows.append([title, *_row(part, arm), f"{len(reached)} of {count}", when])
     names = ["n = 25, d = 20", "rate", "loss", "to one step", "prediction", "model", "cosine"]
-    return _table([*names, f"cosine above {NEAR} from step"], rows)
+    return _table([*names, f"seeds above {NEAR}", "from step"], rows)
 
 
 def systems_table() -> str:
@@ -126,10 +147,11 @@ def systems_table() -> str:
     losses = {arm: statistics.mean(study.by_seed(arm, "loss").values()) for arm in arms}
     rows = []
     for arm in sorted(arms, key=losses.__getitem__):
-        gained = _text(spread(_gain(study, arm)).times(100), 0)  # type: ignore[union-attr]
-        rows.append([*_row(study, arm), gained, str(len(study.runs(arm))), learned(study, arm)])
+        gained = _text(spread({k: 100 * v for k, v in _gain(study, arm).items()}), 0)
+        signs = " ".join("+" if sign > 0 else "−" for sign in study.signs(arm).values())
+        rows.append([ARMS[arm].title, *_row(study, arm), gained, signs or "–", learned(study, arm)])
     names = ["system", "rate", "loss", "to one step", "prediction", "model", "cosine"]
-    return _table([*names, "gain, %", "seeds", "learned"], rows)
+    return _table([*names, "gain, %", "signs of β", "learned"], rows)
 
 
 def _gain(study: Study, arm: str) -> dict[int, float]:
@@ -142,16 +164,22 @@ def _gain(study: Study, arm: str) -> dict[int, float]:
 
 
 def learned(study: Study, arm: str) -> str:
-    """By the two bounds, which every seed must keep."""
-    near = all(cosine > NEAR for cosine in study.by_seed(arm, "cosine").values())
-    good = all(ratio <= AS_GOOD for ratio in study.ratio(arm).values())
-    if near and good:
-        return "the step"
-    if good:
-        return "as good an answer, not the step"
-    if near:
-        return "the step's direction"
-    return "part of it" if min(_gain(study, arm).values()) > 0.5 else "little"
+    """By the two bounds, in so many seeds."""
+    near = {seed for seed, cosine in study.by_seed(arm, "cosine").items() if cosine > NEAR}
+    good = {seed for seed, ratio in study.ratio(arm).items() if ratio <= AS_GOOD}
+    seeds, gain = len(study.runs(arm)), _gain(study, arm)
+    counts = {
+        "the step": len(near & good),
+        "its direction": len(near - good),
+        "as good an answer": len(good - near),
+        "part of it": sum(gain[seed] > 0.5 for seed in gain.keys() - near - good),
+        "little": sum(gain[seed] <= 0.5 for seed in gain.keys() - near - good),
+    }
+    return ", ".join(
+        said if count == seeds else f"{said} ({count} of {seeds})"
+        for said, count in counts.items()
+        if count
+    )
 
 
 def sizes_table() -> str:
@@ -165,42 +193,51 @@ def sizes_table() -> str:
         study = found[name]
         cells = [f"{study.setting.rows}", f"{study.setting.width}"]
         cells += [f"{study.untrained[u].measures.loss:.4f}" for u in untrained]
-        cells += [_text(study.at(arm, "loss"), 4) for arm in CORE]
-        cells += [_text(spread(study.ratio("softmax")), 3)]
-        cells += [_text(study.at(arm, "cosine"), 4) for arm in ("products", "softmax")]
-        cells += [str(len(study.runs("softmax")))]
+        cells += [_text(study.at(arm, "loss"), 4) for arm in CORE[1:2]]
+        for sign in SIGNS:
+            part = study.of_sign("softmax", sign)
+            of = f" ({len(part.runs('softmax'))})" if part.runs("softmax") else ""
+            cells += [_text(part.at("softmax", "loss"), 4) + of]
+            cells += [_text(part.at("softmax", "cosine"), 4)]
         rows.append(cells)
-    names = ["n", "d", "uniform", "1 step", "20 steps", "optimum", "1 step, learned", "linear"]
-    names += ["softmax", "softmax to 1 step", "linear cosine", "softmax cosine", "seeds"]
+    names = ["n", "d", "uniform", "1 step", "20 steps", "optimum", "linear"]
+    for said in SIGNS.values():
+        names += [f"softmax, {said} (seeds)", "cosine"]
     return _table(names, rows)
+
+
+def heads_table() -> str:
+    """Softmax heads that are set to the step by hand."""
+    study = studies()["main"]
+    of_step = study.untrained["gd-1"].measures.loss
+    rows = []
+    for beta, (_, (loss, prediction, model, cosine)) in study.heads.items():
+        numbers = [f"{loss:.4f}", f"{loss / of_step:.3f}"]
+        rows.append([f"{beta:g}", *numbers, f"{prediction:.3f}", f"{model:.3f}", f"{cosine:.4f}"])
+    return _table(["β", "loss", "to one step", "prediction", "model", "cosine"], rows)
 
 
 def verdict() -> str:
     """What was asked of softmax attention, and whether it holds."""
     study = studies()["main"]
+    said = [f"- All seeds: {_held(study)}"]
+    for sign, name in SIGNS.items():
+        part = study.of_sign("softmax", sign)
+        if part.runs("softmax"):
+            said.append(f"- {name}: {_held(part)}")
+    return "\n".join(said)
+
+
+def _held(study: Study) -> str:
     cosines, ratios = study.by_seed("softmax", "cosine"), study.ratio("softmax")
-    reached = study.steps_to("softmax")
+    temperatures = [run.temperature for run in study.runs("softmax").values()]
     near = sum(cosine > NEAR for cosine in cosines.values())
     good = sum(ratio <= AS_GOOD for ratio in ratios.values())
-    said = [
-        f"- Cosine of softmax attention to one gradient step: {_interval(cosines, 4)}, the least "
-        f"of {len(cosines)} seeds {min(cosines.values()):.4f}; above {NEAR} in {near} of them"
-        + (
-            f", from step {min(reached.values())} to {max(reached.values())} on."
-            if reached
-            else "."
-        ),
-        f"- Its loss, as a ratio to that of one step: {_interval(ratios, 3)}, the most "
-        f"{max(ratios.values()):.3f}; within 5% in {good} of {len(ratios)} seeds.",
-    ]
-    linear = study.difference("softmax", "products", "loss")
-    if linear is not None:
-        mean, half = linear
-        sure = "" if abs(mean) > half else ", not told apart"
-        said.append(
-            f"- Its loss over that of linear self-attention: {mean:+.4f} ± {half:.4f}{sure}."
-        )
-    return "\n".join(said)
+    return (
+        f"{len(cosines)}; the cosine to one step {_interval(cosines, 4)}, above {NEAR} in {near}; "
+        f"the loss {_interval(ratios, 3)} times that of one step, at most {AS_GOOD} in {good}; "
+        f"β from {min(temperatures):+.3f} to {max(temperatures):+.3f}."
+    )
 
 
 def _interval(values: dict[int, float], digits: int) -> str:
@@ -217,46 +254,48 @@ def _interval(values: dict[int, float], digits: int) -> str:
 
 
 def figure() -> Figure:
-    """On the way through training, and over d."""
+    """On the way through training, and what one head can be at each temperature."""
     study = studies()["main"]
-    drawn, axes = plt.subplots(2, 2, figsize=(12, 8.4))
-    (loss, gap), (cosine, over) = axes
+    drawn, axes = plt.subplots(2, 2, figsize=(12, 8.6))
+    (loss, gap), (cosine, heads) = axes
     for name, line in LINES.items():
-        loss.axhline(
-            study.untrained[name].measures.loss, linewidth=1.2, label=UNTRAINED[name], **line
-        )
-    for arm in CORE:
-        _curve(loss, study, arm, "loss", label=ARMS[arm].title)
-    for arm in CORE[1:]:
-        _curve(gap, study, arm, "prediction", label=f"{ARMS[arm].title}: predictions")
-        _curve(gap, study, arm, "model", label=f"{ARMS[arm].title}: sensitivities", thin=True)
-        _curve(cosine, study, arm, "cosine", of=lambda value: 1 - value)
+        height = study.untrained[name].measures.loss
+        loss.axhline(height, linewidth=1.2, label=UNTRAINED[name], **line)
+    for part in shown(study):
+        _curve(loss, part, "loss")
+        if part.arm != "gd":
+            _curve(gap, part, "prediction")
+            _curve(gap, part, "model", thin=True)
+            _curve(cosine, part, "cosine", of=lambda value: 1 - value)
     for axis in (loss, gap, cosine):
         axis.set_xscale("log")
         axis.set_xlabel("steps of training")
     loss.set_ylim(-0.03, 0.8)
     loss.set_ylabel("loss, n/2 |softmax(l) − b'|²")
     loss.set_title(f"Loss, n = {study.setting.rows}, d = {study.setting.width}")
-    loss.legend(fontsize=7.5, loc="lower left", ncols=2)
     gap.set_yscale("log")
-    gap.set_ylabel("distance to one step, relative")
+    gap.set_ylabel("relative distance: predictions –, sensitivities ···")
     gap.set_title("Distance to one gradient step")
-    gap.legend(fontsize=8, loc="lower left")
-    nines = (1, 0.1, 0.01, 0.001)
-    cosine.set_yscale("log")
-    cosine.set_yticks(nines, [f"{1 - missing:g}" for missing in nines])
-    cosine.minorticks_off()
-    cosine.invert_yaxis()
-    cosine.axhline(1 - NEAR, color="#999999", linewidth=1)
-    cosine.set_ylabel("cosine")
-    cosine.set_title("Cosine of the sensitivities to one gradient step")
-    _over_width(over)
-    drawn.tight_layout()
+    _nines(cosine)
+    _heads(heads, study)
+    plots.legend_below(drawn, loss)
     return drawn
 
 
-def _curve(axis: Axes, study: Study, arm: str, measure: str, of=None, thin=False, label="") -> None:
+def _nines(axis: Axes) -> None:
+    missing = (1, 0.1, 0.01, 0.001)
+    axis.set_yscale("log")
+    axis.set_yticks(missing, [f"{1 - share:g}" for share in missing])
+    axis.minorticks_off()
+    axis.invert_yaxis()
+    axis.axhline(1 - NEAR, color="#999999", linewidth=1)
+    axis.set_ylabel("cosine")
+    axis.set_title("Cosine of the sensitivities to one gradient step")
+
+
+def _curve(axis: Axes, part: Shown, measure: str, of=None, thin: bool = False) -> None:
     """Mean and deviation over the seeds, after the first ten steps."""
+    study, arm, title, look = part
     steps = [step for step in study.steps(arm) if step > 0]
     spreads = []
     for step in steps:
@@ -265,31 +304,63 @@ def _curve(axis: Axes, study: Study, arm: str, measure: str, of=None, thin=False
     known = [(step, s) for step, s in zip(steps, spreads, strict=True) if s is not None]
     x = [step for step, _ in known]
     mean, sd = (np.array([getattr(s, part) for _, s in known]) for part in ("mean", "sd"))
-    look = LOOKS[arm] | ({"linestyle": ":", "markerfacecolor": "white"} if thin else {})
-    axis.plot(x, mean, label=label or ARMS[arm].title, markersize=4, **look)
-    low = np.maximum(mean - sd, mean / 10) if measure != "loss" else mean - sd
+    look = look | ({"linestyle": ":", "markerfacecolor": "white"} if thin else {})
+    axis.plot(x, mean, label=title, markersize=4, **look)
+    low = mean - sd if measure == "loss" else np.maximum(mean - sd, mean / 10)
     axis.fill_between(x, low, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def _over_width(axis: Axes) -> None:
-    found = [
-        studies()[name] for name in WIDTHS if name in studies() and studies()[name].runs("softmax")
-    ]
+def _heads(axis: Axes, study: Study) -> None:
+    """Loss over the temperature: set by hand, and where the trained layers ended."""
+    betas = list(study.heads)
+    losses = [study.heads[beta].measures.loss for beta in betas]
+    for sign in SIGNS:
+        side = [(b, loss) for b, loss in zip(betas, losses, strict=True) if b * sign > 0]
+        axis.plot(*zip(*side, strict=True), ".-", color="#777777", linewidth=1.2)
+    axis.plot(0, study.untrained["gd-1"].measures.loss, "s", color="#222222")
+    axis.annotate(
+        "one gradient step", (0, study.untrained["gd-1"].measures.loss), (8, -4),
+        textcoords="offset points", color="#555555", fontsize=8,
+    )  # fmt: skip
+    for part in shown(study):
+        if part.arm == "softmax":
+            ends = part.study.runs("softmax").values()
+            look = part.look | {"linestyle": "none", "markersize": 7, "alpha": 0.7}
+            axis.plot([o.temperature for o in ends], [o.last.loss for o in ends], **look)
+    axis.set_xlabel("temperature β of the scores β a·a'")
+    axis.set_ylabel("loss")
+    axis.set_title("One softmax head: set by hand (line), trained (points)")
+
+
+def sizes_figure() -> Figure:
+    """Loss over d at n = 25, every seed of softmax a point."""
+    found = [s for name in WIDTHS if (s := studies().get(name)) and s.runs("softmax")]
+    drawn, axis = plt.subplots(figsize=(7.6, 4.8))
     widths = [study.setting.width for study in found]
     for name, line in LINES.items():
         losses = [study.untrained[name].measures.loss for study in found]
-        axis.plot(widths, losses, linewidth=1.2, **line)
-    for arm in CORE:
-        spreads = [study.at(arm, "loss") for study in found]
-        mean = [np.nan if s is None else s.mean for s in spreads]
-        sd = [np.nan if s is None else s.sd for s in spreads]
-        axis.errorbar(widths, mean, yerr=sd, capsize=3, markersize=5, **LOOKS[arm])
+        axis.plot(widths, losses, linewidth=1.2, label=UNTRAINED[name], **line)
+    spreads = [study.at("products", "loss") for study in found]
+    axis.errorbar(
+        widths, [s.mean for s in spreads if s], yerr=[s.sd for s in spreads if s], capsize=3,
+        label=ARMS["products"].title, **LOOKS["products"],
+    )  # fmt: skip
+    labelled = set()
+    for study in found:
+        for part in shown(study)[2:]:
+            losses = list(part.study.by_seed("softmax", "loss").values())
+            look = part.look | {"linestyle": "none", "alpha": 0.7}
+            label = part.title if part.title not in labelled else None
+            labelled.add(part.title)
+            axis.plot([study.setting.width] * len(losses), losses, label=label, **look)
     axis.set_xscale("log", base=2)
     axis.set_xticks(widths, [str(width) for width in widths])
     axis.minorticks_off()
     axis.set_xlabel("d")
     axis.set_ylabel("loss at the end")
     axis.set_title(f"Loss over d, n = {studies()['main'].setting.rows}")
+    plots.legend_below(drawn, axis)
+    return drawn
 
 
 def systems_figure() -> Figure:
@@ -327,5 +398,6 @@ BLOCKS = {
     "main": main_table,
     "systems": systems_table,
     "sizes": sizes_table,
+    "heads": heads_table,
 }
 """Name of a marked block of docs/in_context.md, after "in-context-" -> its text."""

@@ -353,6 +353,7 @@ def main() -> None:
                 ours["needle"] = plots.needle(studies.needle_study())
             if in_context_results.IN_CONTEXT.exists():
                 ours["in_context"] = in_context_results.figure()
+                ours["in_context_sizes"] = in_context_results.sizes_figure()
                 ours["in_context_systems"] = in_context_results.systems_figure()
             if kernel_results.ATTENTION.exists():
                 ours["attention_lengths"] = kernel_results.attention_lengths()

@@ -217,6 +217,21 @@ def test_softmax_attention_can_be_one_gradient_step_up_to_its_temperature(sign):
     assert gaps[1] / gaps[2] == pytest.approx(10, rel=0.1)
 
 
+@pytest.mark.parametrize("beta", [0.3, -0.3])
+def test_of_many_examples_a_head_makes_an_exponential_of_the_logit(beta):
+    """(e^(beta t) - 1) / beta times the step's factor, t = a'.x: what it is for a normal law of
+    examples, which these many come near."""
+    rows, generator = 400_000, torch.Generator().manual_seed(0)
+    data = torch.randn(1, rows, 2, generator=generator, dtype=torch.float64)
+    x = torch.tensor([0.6, -0.4]).double()
+    queries = torch.tensor([[[1.0, 0.0], [0.5, -1.0], [-1.0, 1.0]]]).double()
+    target = (data @ x).softmax(-1)
+    layer = Layer(2).double().set_to_step(beta, 1 / rows, rows)
+    found = layer(Tasks(data, target, queries, target))
+    expected = torch.expm1(beta * (queries @ x)) / beta
+    assert_close(found, expected, rtol=0, atol=0.01)
+
+
 def test_the_temperature_has_the_gains_of_a_norm_in_it():
     layer = Layer(4, qk_norm=True).set_to_step(0.5, 0.03, 6)
     with torch.no_grad():
