@@ -23,7 +23,7 @@ from aftermax.lab.grid import machine
 from aftermax.lab.in_context import ARMS
 from aftermax.lab.in_context_study import STUDIES, UNTRAINED, Job, Outcome, Setting, Study, resumed
 
-KINDS = {"rates": float, "arms": str}
+KINDS = {"rates": float, "start": float, "arms": str}
 """What is no whole number."""
 
 
@@ -58,7 +58,7 @@ def complete(name: str, study: Study, store) -> None:
         done, asked = study.count()
         left = (asked - done) * (time.monotonic() - began) / (done - first) / 60
         print(
-            f"{name:7} {done:3} of {asked}  {job.kind:6} {job.arm:15} rate {job.rate:.0e} seed "
+            f"{name:8} {done:3} of {asked}  {job.kind:6} {job.arm:15} rate {job.rate:.0e} seed "
             f"{job.seed:4}  loss {outcome.last.loss:.4f}  cosine {outcome.last.cosine:.4f}  "
             f"beta {outcome.temperature or 0:+.3f}  "
             f"{outcome.seconds:4.0f} s  about {left:.0f} min left",

@@ -174,12 +174,14 @@ def test_a_query_knows_nothing_of_the_others(arm):
 
 
 def test_arms_of_one_seed_begin_with_the_same_projections():
-    def projections(arm):
+    def projections(arm, start=1.0):
         torch.manual_seed(0)
-        state = model_of(arm, 4).state_dict()
+        state = model_of(arm, 4, start).state_dict()
         return {name: x for name, x in state.items() if name.startswith("to_")}
 
     assert len(projections("softmax")) == 4
+    tenth = {name: x / 10 for name, x in projections("softmax").items()}
+    assert_close(projections("softmax", 0.1), tenth)
     for arm in set(ARMS) - {"gd"}:
         assert_close(projections(arm), projections("softmax"), rtol=0, atol=0)
 
@@ -305,8 +307,8 @@ def test_an_arm_that_there_is_not():
 def test_all_arms_of_a_seed_see_the_same_tasks(monkeypatch):
     seen = {}
 
-    def remember(arm, width):
-        model = model_of(arm, width)
+    def remember(*asked):
+        arm, model = asked[0], model_of(*asked)
         model.register_forward_pre_hook(lambda _, tasks: seen.setdefault(arm, []).append(tasks[0]))
         return model
 
@@ -399,8 +401,8 @@ def test_studies_of_one_size_are_joined_and_others_are_not():
     with pytest.raises(ValueError, match="cannot be joined"):
         joined(one, Study(replace(SMALL, width=9)))
     for name in ("systems", "linear"):
-        joined(Study(STUDIES["main"]), Study(STUDIES[name]))
-    asked = [arm for name in ("main", "systems", "linear") for arm in STUDIES[name].arms]
+        joined(Study(STUDIES["unscaled"]), Study(STUDIES[name]))
+    asked = [arm for name in ("unscaled", "systems", "linear") for arm in STUDIES[name].arms]
     assert sorted(asked) == sorted(ARMS)
 
 

@@ -262,14 +262,20 @@ ARMS: dict[str, Arm] = {
 """Systems of the catalogue that need no positions and no order, one of each kind."""
 
 
-def model_of(arm: str, width: int) -> nn.Module:
-    """A new model of the present random state: all layers begin with the same projections."""
+def model_of(arm: str, width: int, start: float = 1.0) -> nn.Module:
+    """A new model of the present random state: all layers begin with the same projections, those of
+    `nn.Linear` times `start`."""
     made = ARMS[arm]
     if arm == "gd":
         return GradientStep()
     if arm == "products":
-        return LinearLayer(width)
-    return Layer(width, weights=find(made.entry).system, qk_norm=made.qk_norm)
+        layer = LinearLayer(width)
+    else:
+        layer = Layer(width, weights=find(made.entry).system, qk_norm=made.qk_norm)
+    with torch.no_grad():
+        for projection in (layer.to_query, layer.to_key, layer.to_value, layer.to_out):
+            projection.weight.mul_(start)
+    return layer
 
 
 # ---- what is measured ----------------------------------------------------------------------------

@@ -76,12 +76,14 @@ class Setting:
         width: d, of an example.
         batch: tasks of a step.
         rates: learning rates, of which each arm takes its best.
+        start: factor of the layers' initial projections, those of `nn.Linear`.
     """
 
     rows: int = 25
     width: int = 20
     batch: int = 128
     steps: int = 5000
+    start: float = 1.0
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
     arms: tuple[str, ...] = ("gd", "products", "softmax")
@@ -98,15 +100,17 @@ class Setting:
 
 LINEAR = ("linear", "inline", "normalised")
 DENSE = tuple(name for name in ARMS if name not in (*Setting.arms, *LINEAR))
+SMALL_START = Setting(start=0.1, rates=(3e-3, 1e-2))
 STUDIES: dict[str, Setting] = {
-    "main": Setting(seeds=tuple(range(8))),
+    "main": replace(SMALL_START, seeds=tuple(range(8))),
+    **{f"d={width}": replace(SMALL_START, width=width) for width in (5, 10, 40)},
+    "n=200": replace(SMALL_START, rows=200, batch=16),
+    "unscaled": Setting(seeds=tuple(range(8))),
     "systems": Setting(arms=DENSE),
-    **{f"d={width}": Setting(width=width) for width in (5, 10, 40)},
-    "n=200": Setting(rows=200, batch=16),
     "linear": Setting(arms=LINEAR),
 }
 """Name -> what is asked, in the order in which it is done. "systems" and "linear" are of the sizes
-of "main" and can be joined with it."""
+of "unscaled" and can be joined with it."""
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -177,7 +181,7 @@ def run(setting: Setting, job: Job, scored: Scored) -> Outcome:
     """Train for all steps, looking on the way. The same numbers each time on a machine."""
     start = time.process_time()
     torch.manual_seed(job.seed)
-    model = model_of(job.arm, setting.width)
+    model = model_of(job.arm, setting.width, setting.start)
     optimiser = torch.optim.Adam(model.parameters(), lr=job.rate, fused=True)
     generator = torch.Generator().manual_seed(job.seed)
     watched = checkpoints(setting.steps)
