@@ -23,6 +23,8 @@ from aftermax.lab.in_context_study import (
     SIZED,
     STUDIES,
     UNTRAINED,
+    WARMUP,
+    Setting,
     Study,
     joined,
 )
@@ -57,9 +59,9 @@ def studies() -> dict[str, Study]:
 
 @cache
 def all_systems() -> Study:
-    """Every arm at the sizes of "main"."""
+    """Every arm, from the initial projections of `nn.Linear`."""
     found = studies()
-    whole = found["main"]
+    whole = found["unscaled"]
     for name in ("systems", "linear"):
         if name in found:
             whole = joined(whole, found[name])
@@ -90,20 +92,25 @@ def shown(study: Study) -> list[Shown]:
 
 def about() -> str:
     """What the numbers were made with."""
-    s = studies()["main"].setting
-    fewer = sorted({len(study.setting.seeds) for study in studies().values()})
-    batches = ", ".join(
-        f"{study.setting.batch} tasks a step at n = {study.setting.rows}"
-        for study in {found.setting.rows: found for found in studies().values()}.values()
-    )
+    found = studies()
+    s = found["main"].setting
+    batches = {study.setting.rows: study.setting.batch for study in found.values()}
+    of_rows = " and ".join(f"{batch} at n = {rows}" for rows, batch in batches.items())
     return (
-        f"{s.steps} steps of Adam (betas 0.9, 0.999, no decay), {batches}; the learning rate rises "
-        f"over the first 2% and falls to 0 along a cosine, gradients clipped at 1; its height is "
-        f"the best of {', '.join(f'{rate:g}' for rate in s.rates)} for each arm. "
-        f"{SCORED} tasks are scored, the same for all; step sizes are chosen on "
-        f"{SIZED // s.rows} others. {max(fewer)} seeds of the three arms of the first table, "
-        f"{min(fewer)} of all others. {kernel_results.machine(IN_CONTEXT)}"
+        f"{s.steps} steps of Adam (betas 0.9 and 0.999, no decay) with fresh tasks at each, "
+        f"{of_rows}, the same for all arms of a seed; the learning rate rises over the first "
+        f"{WARMUP:.0%} and falls to 0 along a cosine; gradients are clipped at norm 1. Its height "
+        f"is the best of {_rates(s)} for each arm ({_rates(found['unscaled'].setting)} in the "
+        f"comparison of systems), by a run of full length with a seed of its own, scored on tasks "
+        f"of its own. Projections start at {s.start:g} times those of `nn.Linear` (as they are in "
+        f"the comparison of systems). {SCORED} held-out tasks are scored, the same for all; step "
+        f"sizes are chosen on {SIZED // s.rows} others. {kernel_results.machine(IN_CONTEXT)}"
     )
+
+
+def _rates(setting: Setting) -> str:
+    *first, last = (f"{rate:g}" for rate in setting.rates)
+    return f"{', '.join(first)} and {last}"
 
 
 def _row(study: Study, arm: str) -> list[str]:
@@ -180,6 +187,17 @@ def learned(study: Study, arm: str) -> str:
         for said, count in counts.items()
         if count
     )
+
+
+def starts_table() -> str:
+    """What softmax learned from either start, and linear attention."""
+    rows = []
+    for name in ("main", "unscaled"):
+        study = studies()[name]
+        cells = [learned(study, arm) for arm in ("products", "softmax")]
+        rows.append([f"{study.setting.start:g}", str(len(study.runs("softmax"))), *cells])
+    names = ["projections start at nn.Linear's times", "seeds"]
+    return _table([*names, ARMS["products"].title, ARMS["softmax"].title], rows)
 
 
 def sizes_table() -> str:
@@ -399,5 +417,6 @@ BLOCKS = {
     "systems": systems_table,
     "sizes": sizes_table,
     "heads": heads_table,
+    "starts": starts_table,
 }
 """Name of a marked block of docs/in_context.md, after "in-context-" -> its text."""
