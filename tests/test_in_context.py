@@ -1,5 +1,6 @@
 """Regression in context: the tasks, the gradient step, the layers, the record and its page."""
 
+import importlib
 import json
 import math
 from dataclasses import replace
@@ -40,6 +41,7 @@ from aftermax.lab.in_context_study import (
     Outcome,
     Setting,
     Study,
+    Untrained,
     checkpoints,
     joined,
     optimum,
@@ -410,3 +412,34 @@ def test_looks_are_log_spaced_and_end_with_the_last_step():
     assert checkpoints(7) == (0, 7)
     assert checkpoints(5000)[:5] == (0, 10, 16, 25, 40)
     assert checkpoints(5000)[-2:] == (3981, 5000)
+
+
+def test_what_was_learned_is_said_by_loss_and_cosine():
+    """One step costs 1 and uniform answers 2: five seeds, one of each kind."""
+    pytest.importorskip("matplotlib")
+    page = importlib.import_module("in_context_results")
+    study = Study(replace(SMALL, rates=(0.1,), seeds=(0, 1, 2, 3, 4)))
+    for name, loss in (("gd-1", 1.0), ("uniform", 2.0)):
+        study.untrained[name] = Untrained((), Measures(loss, 0, 0, 0))
+    study.done[Job("search", "softmax", 0.1, SEARCH_SEED)] = outcome(0.0)
+    ends = ((1.04, 0.995), (1.06, 0.995), (0.9, 0.98), (1.4, 0.5), (1.6, 0.5))
+    for seed, (loss, cosine) in enumerate(ends):
+        study.done[Job("seed", "softmax", 0.1, seed)] = outcome(cosine, loss=loss)
+    assert page.learned(study, "softmax") == (
+        "the step (1 of 5), its direction (1 of 5), as good an answer (1 of 5), "
+        "part of it (1 of 5), little (1 of 5)"
+    )
+    alone = replace(study, setting=replace(study.setting, seeds=(2,)))
+    assert page.learned(alone, "softmax") == "as good an answer"
+
+
+def test_seeds_are_told_apart_by_the_sign_of_what_they_compare():
+    study = Study(replace(SMALL, rates=(0.1,), seeds=(0, 1, 2)))
+    study.done[Job("search", "softmax", 0.1, SEARCH_SEED)] = outcome(0.0)
+    for seed, temperature in enumerate((0.1, -0.1, 0.2)):
+        made = outcome(0.1 * seed)._replace(temperature=temperature)
+        study.done[Job("seed", "softmax", 0.1, seed)] = made
+    assert study.signs("softmax") == {0: 1, 1: -1, 2: 1}
+    assert study.of_sign("softmax", 1).by_seed("softmax", "cosine") == {0: 0.0, 2: 0.2}
+    assert study.of_sign("softmax", -1).by_seed("softmax", "cosine") == {1: 0.1}
+    assert Study.of_json(json.loads(json.dumps(study.to_json()))) == study
