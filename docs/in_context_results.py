@@ -15,9 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aftermax.lab import plots
+from aftermax.lab.draw import MARKERS
 from aftermax.lab.in_context import ARMS
 from aftermax.lab.in_context_study import (
     AS_GOOD,
+    LITTLE,
     NEAR,
     SCORED,
     SIZED,
@@ -78,12 +80,32 @@ class Shown(NamedTuple):
 
 
 def shown(study: Study) -> list[Shown]:
-    found = [Shown(study, arm, ARMS[arm].title, LOOKS[arm]) for arm in ("gd", "products")]
-    for sign, said in SIGNS.items():
-        part = study.of_sign("softmax", sign)
-        if part.runs("softmax"):
-            title = f"{ARMS['softmax'].title}, {said}"
-            found.append(Shown(part, "softmax", title, LOOKS["softmax" + "-" * (sign < 0)]))
+    """The seeds that learned, and of how many they are."""
+    found = []
+    for arm in CORE:
+        learners = [seed for seed, gain in study.gain(arm).items() if gain > LITTLE]
+        of = f" of {len(study.runs(arm))} seeds"
+        if arm != "softmax":
+            title = f"{ARMS[arm].title} ({len(learners)}{of})"
+            found.append(Shown(study.of_seeds(learners), arm, title, LOOKS[arm]))
+            continue
+        for sign, said in SIGNS.items():
+            seeds = [seed for seed in learners if study.signs(arm)[seed] == sign]
+            if seeds:
+                title = f"{ARMS[arm].title}, {said} ({len(seeds)}{of})"
+                look = LOOKS[arm + "-" * (sign < 0)]
+                found.append(Shown(study.of_seeds(seeds), arm, title, look))
+    return found
+
+
+def others(study: Study) -> list[Shown]:
+    """The seeds that learned little."""
+    found = []
+    for arm in CORE:
+        seeds = [seed for seed, gain in study.gain(arm).items() if gain <= LITTLE]
+        if seeds:
+            title = f"{ARMS[arm].title}, the rest ({len(seeds)})"
+            found.append(Shown(study.of_seeds(seeds), arm, title, LOOKS[arm]))
     return found
 
 
@@ -139,7 +161,7 @@ def main_table() -> str:
         numbers = [f"{loss:.4f}", f"{loss / of_step:.3f}"]
         numbers += [f"{prediction:.3f}", f"{model:.3f}", f"{cosine:.4f}"]
         rows.append([title, "–", *numbers, "–", "–"])
-    for part, arm, title, _ in shown(study):
+    for part, arm, title, _ in (*shown(study), *others(study)):
         reached, count = part.steps_to(arm).values(), len(part.runs(arm))
         when = f"{min(reached)} to {max(reached)}" if reached else "–"
         rows.append([title, *_row(part, arm), f"{len(reached)} of {count}", when])
@@ -154,33 +176,24 @@ def systems_table() -> str:
     losses = {arm: statistics.mean(study.by_seed(arm, "loss").values()) for arm in arms}
     rows = []
     for arm in sorted(arms, key=losses.__getitem__):
-        gained = _text(spread({k: 100 * v for k, v in _gain(study, arm).items()}), 0)
+        gained = _text(spread({k: 100 * v for k, v in study.gain(arm).items()}), 0)
         signs = " ".join("+" if sign > 0 else "−" for sign in study.signs(arm).values())
         rows.append([ARMS[arm].title, *_row(study, arm), gained, signs or "–", learned(study, arm)])
     names = ["system", "rate", "loss", "to one step", "prediction", "model", "cosine"]
     return _table([*names, "gain, %", "signs of β", "learned"], rows)
 
 
-def _gain(study: Study, arm: str) -> dict[int, float]:
-    """By seed, what it is better than uniform answers by, as a share of what one step is."""
-    uniform, step = (study.untrained[name].measures.loss for name in ("uniform", "gd-1"))
-    return {
-        seed: (uniform - loss) / (uniform - step)
-        for seed, loss in study.by_seed(arm, "loss").items()
-    }
-
-
 def learned(study: Study, arm: str) -> str:
     """By the two bounds, in so many seeds."""
     near = {seed for seed, cosine in study.by_seed(arm, "cosine").items() if cosine > NEAR}
     good = {seed for seed, ratio in study.ratio(arm).items() if ratio <= AS_GOOD}
-    seeds, gain = len(study.runs(arm)), _gain(study, arm)
+    seeds, gain = len(study.runs(arm)), study.gain(arm)
     counts = {
         "the step": len(near & good),
         "its direction": len(near - good),
         "as good an answer": len(good - near),
-        "part of it": sum(gain[seed] > 0.5 for seed in gain.keys() - near - good),
-        "little": sum(gain[seed] <= 0.5 for seed in gain.keys() - near - good),
+        "part of it": sum(gain[seed] > LITTLE for seed in gain.keys() - near - good),
+        "little": sum(gain[seed] <= LITTLE for seed in gain.keys() - near - good),
     }
     return ", ".join(
         said if count == seeds else f"{said} ({count} of {seeds})"
@@ -203,25 +216,20 @@ def starts_table() -> str:
 def sizes_table() -> str:
     """Loss over d at n = 25, and at n = 200."""
     rows = []
-    found = studies()
     untrained = ("uniform", "gd-1", "gd-20", "optimum")
     for name in (*WIDTHS, "n=200"):
-        if name not in found or not all(found[name].runs(arm) for arm in CORE):
+        study = studies().get(name)
+        if study is None or not all(study.runs(arm) for arm in CORE):
             continue
-        study = found[name]
-        cells = [f"{study.setting.rows}", f"{study.setting.width}"]
-        cells += [f"{study.untrained[u].measures.loss:.4f}" for u in untrained]
-        cells += [_text(study.at(arm, "loss"), 4) for arm in CORE[1:2]]
-        for sign in SIGNS:
-            part = study.of_sign("softmax", sign)
-            of = f" ({len(part.runs('softmax'))})" if part.runs("softmax") else ""
-            cells += [_text(part.at("softmax", "loss"), 4) + of]
-            cells += [_text(part.at("softmax", "cosine"), 4)]
-        rows.append(cells)
-    names = ["n", "d", "uniform", "1 step", "20 steps", "optimum", "linear"]
-    for said in SIGNS.values():
-        names += [f"softmax, {said} (seeds)", "cosine"]
-    return _table(names, rows)
+        losses = [f"{study.untrained[u].measures.loss:.4f}" for u in untrained]
+        begin = [f"{study.setting.rows}", f"{study.setting.width}", *losses]
+        for part, arm, title, _ in (*shown(study), *others(study)):
+            if arm != "gd":
+                cells = [_text(part.at(arm, "loss"), 4), _text(spread(part.ratio(arm)), 3)]
+                rows.append([*begin, title, *cells, _text(part.at(arm, "cosine"), 4)])
+                begin = [""] * len(begin)
+    names = ["n", "d", "uniform", "1 step", "20 steps", "optimum", "trained"]
+    return _table([*names, "loss", "to one step", "cosine"], rows)
 
 
 def heads_table() -> str:
@@ -238,12 +246,9 @@ def heads_table() -> str:
 def verdict() -> str:
     """What was asked of softmax attention, and whether it holds."""
     study = studies()["main"]
+    parts = [part for part in shown(study) if part.arm == "softmax"]
     said = [f"- All seeds: {_held(study)}"]
-    for sign, name in SIGNS.items():
-        part = study.of_sign("softmax", sign)
-        if part.runs("softmax"):
-            said.append(f"- {name}: {_held(part)}")
-    return "\n".join(said)
+    return "\n".join(said + [f"- {part.title}: {_held(part.study)}" for part in parts])
 
 
 def _held(study: Study) -> str:
@@ -351,25 +356,25 @@ def _heads(axis: Axes, study: Study) -> None:
 
 
 def sizes_figure() -> Figure:
-    """Loss over d at n = 25, every seed of softmax a point."""
+    """Loss over d at n = 25, every seed a point."""
     found = [s for name in WIDTHS if (s := studies().get(name)) and s.runs("softmax")]
     drawn, axis = plt.subplots(figsize=(7.6, 4.8))
     widths = [study.setting.width for study in found]
     for name, line in LINES.items():
         losses = [study.untrained[name].measures.loss for study in found]
         axis.plot(widths, losses, linewidth=1.2, label=UNTRAINED[name], **line)
-    spreads = [study.at("products", "loss") for study in found]
-    axis.errorbar(
-        widths, [s.mean for s in spreads if s], yerr=[s.sd for s in spreads if s], capsize=3,
-        label=ARMS["products"].title, **LOOKS["products"],
-    )  # fmt: skip
     labelled = set()
     for study in found:
-        for part in shown(study)[2:]:
-            losses = list(part.study.by_seed("softmax", "loss").values())
+        for part in (*shown(study), *others(study)):
+            if part.arm == "gd":
+                continue
+            losses = list(part.study.by_seed(part.arm, "loss").values())
             look = part.look | {"linestyle": "none", "alpha": 0.7}
-            label = part.title if part.title not in labelled else None
-            labelled.add(part.title)
+            name = part.title.split(" (")[0]
+            if name.endswith("the rest"):
+                look["markerfacecolor"] = "white"
+            label = name if name not in labelled else None
+            labelled.add(name)
             axis.plot([study.setting.width] * len(losses), losses, label=label, **look)
     axis.set_xscale("log", base=2)
     axis.set_xticks(widths, [str(width) for width in widths])
@@ -391,7 +396,7 @@ def systems_figure() -> Figure:
         axis.plot(
             [cosines[seed] for seed in cosines], [losses[seed] for seed in cosines],
             color=plots.COLOURS[i % len(plots.COLOURS)],
-            marker=plots.MARKERS[i % len(plots.MARKERS)],
+            marker=MARKERS[i % len(MARKERS)],
             linestyle="none", label=ARMS[arm].title, alpha=0.8,
             markerfacecolor="white" if i >= len(plots.COLOURS) else None,
         )  # fmt: skip

@@ -440,6 +440,5 @@ def test_seeds_are_told_apart_by_the_sign_of_what_they_compare():
         made = outcome(0.1 * seed)._replace(temperature=temperature)
         study.done[Job("seed", "softmax", 0.1, seed)] = made
     assert study.signs("softmax") == {0: 1, 1: -1, 2: 1}
-    assert study.of_sign("softmax", 1).by_seed("softmax", "cosine") == {0: 0.0, 2: 0.2}
-    assert study.of_sign("softmax", -1).by_seed("softmax", "cosine") == {1: 0.1}
+    assert study.of_seeds([0, 2]).by_seed("softmax", "cosine") == {0: 0.0, 2: 0.2}
     assert Study.of_json(json.loads(json.dumps(study.to_json()))) == study

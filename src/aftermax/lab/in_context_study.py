@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -65,6 +65,8 @@ NEAR = 0.99
 """Cosine to the gradient step from which on a layer is said to take it."""
 AS_GOOD = 1.05
 """Loss as a ratio to the gradient step's up to which a layer is said to be as good."""
+LITTLE = 0.5
+"""Share of what a gradient step gains over uniform answers up to which a layer learned little."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Setting:
         return draw(count, self.rows, self.width, generator, dtype)
 
 
-LINEAR = ("linear", "inline", "normalised")
+LINEAR = ("inline", "linear", "normalised")
 DENSE = tuple(name for name in ARMS if name not in (*Setting.arms, *LINEAR))
 SMALL_START = Setting(start=0.1, rates=(3e-3, 1e-2))
 STUDIES: dict[str, Setting] = {
@@ -389,10 +391,15 @@ class Study:
         found = {seed: outcome.temperature for seed, outcome in self.runs(arm).items()}
         return {seed: 1 if t > 0 else -1 for seed, t in found.items() if t is not None}
 
-    def of_sign(self, arm: str, sign: int) -> Study:
-        """With the seeds of that sign alone."""
-        seeds = tuple(seed for seed, found in self.signs(arm).items() if found == sign)
-        return replace(self, setting=replace(self.setting, seeds=seeds))
+    def gain(self, arm: str) -> dict[int, float]:
+        """By seed, what it is better than uniform answers by, as a share of what one step is."""
+        uniform, step = (self.untrained[name].measures.loss for name in ("uniform", "gd-1"))
+        losses = self.by_seed(arm, "loss")
+        return {seed: (uniform - loss) / (uniform - step) for seed, loss in losses.items()}
+
+    def of_seeds(self, seeds: Iterable[int]) -> Study:
+        """The same of these seeds alone."""
+        return replace(self, setting=replace(self.setting, seeds=tuple(seeds)))
 
     def difference(self, ours: str, theirs: str, measure: str) -> tuple[float, float] | None:
         """Mean of ours - theirs seed by seed, and the half-width of its 95% interval."""
