@@ -163,7 +163,8 @@ def main_table() -> str:
         rows.append([title, "–", *numbers, "–", "–"])
     for part, arm, title, _ in (*shown(study), *others(study)):
         reached, count = part.steps_to(arm).values(), len(part.runs(arm))
-        when = f"{min(reached)} to {max(reached)}" if reached else "–"
+        ends = sorted({min(reached), max(reached)}) if reached else []
+        when = "–" if arm == "gd" else " to ".join(map(str, ends)) or "–"
         rows.append([title, *_row(part, arm), f"{len(reached)} of {count}", when])
     names = ["n = 25, d = 20", "rate", "loss", "to one step", "prediction", "model", "cosine"]
     return _table([*names, f"seeds above {NEAR}", "from step"], rows)
