@@ -111,6 +111,21 @@ def test_the_arm_of_one_step_is_its_formula():
     assert_close(model(made), logits_of(stepped, made.queries), rtol=0, atol=1e-12)
 
 
+def test_a_step_overshoots_where_its_logits_are_large_and_falls_short_where_they_are_small():
+    """At n = 25, d = 20 and the best size: what a flattened logit repairs."""
+    made = draw(2000, 25, 20, torch.Generator().manual_seed(0), torch.float64)
+    (rate,) = best_rates(made, 1)
+    logits = logits_of(descend(made.data, made.target, [rate]), made.queries)
+    x = torch.linalg.lstsq(
+        made.queries - made.queries.mean(1, keepdim=True),
+        (made.answers.log() - made.answers.log().mean(1, keepdim=True))[..., None],
+    ).solution
+    true = (made.queries @ x)[..., 0]  # d < n: this is the x of the task
+    large, small = logits > 1.5, (logits > 0.1) & (logits < 0.5)
+    assert logits[large].mean() > true[large].mean() + 0.3
+    assert logits[small].mean() < true[small].mean() - 0.02
+
+
 def test_step_sizes_are_the_best_one_after_the_other():
     made = tasks_of(count=200)
 
