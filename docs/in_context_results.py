@@ -85,11 +85,10 @@ def shown(study: Study) -> list[Shown]:
     for arm in CORE:
         learners = [seed for seed, gain in study.gain(arm).items() if gain > LITTLE]
         of = f" of {len(study.runs(arm))} seeds"
-        if arm != "softmax":
+        if arm != "softmax" and learners:
             title = f"{ARMS[arm].title} ({len(learners)}{of})"
             found.append(Shown(study.of_seeds(learners), arm, title, LOOKS[arm]))
-            continue
-        for sign, said in SIGNS.items():
+        for sign, said in SIGNS.items() if arm == "softmax" else ():
             seeds = [seed for seed in learners if study.signs(arm)[seed] == sign]
             if seeds:
                 title = f"{ARMS[arm].title}, {said} ({len(seeds)}{of})"
@@ -220,7 +219,7 @@ def sizes_table() -> str:
     untrained = ("uniform", "gd-1", "gd-20", "optimum")
     for name in (*WIDTHS, "n=200"):
         study = studies().get(name)
-        if study is None or not all(study.runs(arm) for arm in CORE):
+        if study is None or not study.runs("softmax"):
             continue
         losses = [f"{study.untrained[u].measures.loss:.4f}" for u in untrained]
         begin = [f"{study.setting.rows}", f"{study.setting.width}", *losses]
