@@ -11,7 +11,7 @@ LIBRARY := $(KERNELS)/libaftermax.so
 DOOR := $(wildcard tests/test_hf*.py)
 NATIVE := CMakeLists.txt $(wildcard $(KERNELS)/cpu/*)
 
-.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-closeness bench-linear bench-longvq bench-mqar bench-needle bench-output bench-recurformer bench-sparsek bench-hf bench-trees docs figures clean
+.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-closeness bench-in-context bench-linear bench-longvq bench-mqar bench-needle bench-output bench-recurformer bench-regression bench-sparsek bench-hf bench-trees docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
 	$(BIN)/aftermax compare quick
@@ -58,6 +58,9 @@ bench-closeness: .venv/lab.done  ## the theory of softmax regression: its proof 
 	$(BIN)/python benchmarks/curvature.py
 	$(BIN)/python benchmarks/closeness.py
 
+bench-in-context: .venv/lab.done kernels  ## layers trained on regressions in context against gradient steps: an hour of one core
+	$(BIN)/python benchmarks/in_context.py
+
 bench-linear: .venv/lab.done kernels  ## the linear walk against chunk loops in torch, and against T
 	$(BIN)/python benchmarks/linear.py
 
@@ -76,6 +79,9 @@ bench-output: .venv/lab.done kernels  ## steps of output layers over the number 
 
 bench-recurformer: .venv/lab.done .venv/hf.done kernels  ## which heads can be replaced: an hour of one core
 	$(BIN)/python benchmarks/recurformer.py
+
+bench-regression: .venv/lab.done  ## the solver of softmax regression against scipy's least_squares
+	$(BIN)/python benchmarks/regression.py
 
 bench-sparsek: .venv/lab.done kernels  ## selected keys against all of them, over T
 	$(BIN)/python benchmarks/sparsek.py

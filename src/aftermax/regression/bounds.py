@@ -10,8 +10,8 @@ f = (1/2, 1/2, 0, ...). J being the derivative of softmax at every point of the 
     norm(f(Ax') - f(Ax)) <= norm(A) norm(x' - x) / 2
     norm(f(A'x) - f(Ax)) <= norm(x) norm(A' - A) / 2
 
-**The Hessian of l** has its eigenvalues in `CURVATURE_PROVED`, (-0.24042, 0.30815), for every b >= 0
-with sum(b) <= 1; in a search all were between `CURVATURE_MIN` and `CURVATURE_MAX`. These are the
+**The Hessian of l** has its eigenvalues in `CURVATURE_PROVED`, (-0.24042, 0.30815), for any
+b >= 0 with sum(b) <= 1; in a search all were between `CURVATURE_MIN` and `CURVATURE_MAX`. These are the
 extremes of 4 s^2 (1 - s)(2 - 3 s), the curvature of two classes of which the first has s and the
 target is on the second, at s = (15 + sqrt 33) / 24 and (15 - sqrt 33) / 24.
 
