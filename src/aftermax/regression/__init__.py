@@ -9,6 +9,7 @@ from aftermax.regression.construct import (
     softmax_attention_update,
     softmax_head_logits,
 )
+from aftermax.regression.estimator import SoftmaxRegression
 from aftermax.regression.objective import (
     Expansion,
     MatrixForm,
@@ -30,6 +31,7 @@ __all__ = [
     "Normalised",
     "Objective",
     "Rescaled",
+    "SoftmaxRegression",
     "closeness_report",
     "convex_weight",
     "equivalent_update",

@@ -402,17 +402,31 @@ def _verdict(flat: Objective, start: Tensor, walk: Walk, spectrum: Spectrum) -> 
     at = expand(flat, walk.x)
     unbounded = _unbounded(flat, at, start, walk)
     non_convex = spectrum.negative & ~unbounded
+    converged = ((walk.end == CONVERGED) | _at_rest(flat, at, walk)) & ~non_convex & ~unbounded
     return {
         "x": walk.x,
         "loss": at.value,
         "gradient_norm": at.gradient.flatten(1).norm(dim=1),
         "iterations": walk.iterations,
         "smallest_eigenvalue": spectrum.smallest,
-        "converged": (walk.end == CONVERGED) & ~non_convex & ~unbounded,
+        "converged": converged,
         "unbounded": unbounded,
         "non_convex": non_convex,
-        "out_of_steps": walk.end == EXHAUSTED,
+        "out_of_steps": (walk.end == EXHAUSTED) & ~converged,
     }
+
+
+def _at_rest(flat: Objective, at: Expansion, walk: Walk) -> Tensor:
+    """Where a walk ended early: whether Newton's step, too, promises less than the dtype tells.
+
+    Gauss-Newton steps go on promising where the residual is not 0, and lower the loss no more."""
+    early = walk.end != CONVERGED
+    if walk.x.shape[1] > DENSE or not bool(early.any()):
+        return torch.zeros_like(early)
+    gradient = at.gradient.flatten(1).unsqueeze(2)
+    factor, info = torch.linalg.cholesky_ex(at.hessian)
+    promise = (gradient * torch.cholesky_solve(gradient, factor)).sum((1, 2)) / 2
+    return early & (info == 0) & (promise <= torch.finfo(walk.x.dtype).eps * at.value)
 
 
 def _unbounded(flat: Objective, at: Expansion, start: Tensor, walk: Walk) -> Tensor:
