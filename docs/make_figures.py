@@ -17,6 +17,7 @@
     python benchmarks/soft_topk.py --save docs/results/soft_topk.json
     python benchmarks/label_trees.py --save docs/results/label_trees.json
     python benchmarks/recurformer.py --save docs/results/recurformer.json
+    python benchmarks/regression.py --save docs/results/regression.json
     python benchmarks/sparsek.py --save docs/results/sparsek.json
     aftermax compare standard --task labels --out aftermax-tags
     aftermax export --out aftermax-tags --to docs/results/labels_tags.parquet
@@ -55,6 +56,7 @@ import outlier_results
 import output_results
 import rate_results
 import recurformer_results
+import regression_results
 import sparsek_results
 import studies
 import torch
@@ -89,6 +91,7 @@ PAGES = (
     DOCS / "serving.md",
     DOCS / "outliers.md",
     DOCS / "recurformer.md",
+    DOCS / "regression.md",
     DOCS / "sparsek.md",
     DOCS / "fixed_memory.md",
     DOCS / "needle.md",
@@ -274,6 +277,17 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "recurformer-orders": measured(recurformer_results.RECURFORMER, recurformer_results.orders),
     "recurformer-smol": measured(recurformer_results.RECURFORMER, recurformer_results.smol),
     "recurformer-machine": machine_of(recurformer_results.RECURFORMER),
+    **{
+        f"regression-{name}": measured(regression_results.REGRESSION, block)
+        for name, block in {
+            "cases": regression_results.cases,
+            "losses": regression_results.losses,
+            "minima": regression_results.minima,
+            "times": regression_results.times,
+            "batches": regression_results.batches,
+            "machine": lambda: kernel_results.machine(regression_results.REGRESSION),
+        }.items()
+    },
     "needle": lambda _: studies.needle_page(),
     **{
         f"in-context-{name}": measured(in_context_results.IN_CONTEXT, block)
@@ -362,6 +376,8 @@ def main() -> None:
                 ours["recurformer"] = recurformer_results.figure()
             if closeness_results.CLOSENESS.exists():
                 ours["closeness"] = closeness_results.slope_figure()
+            if regression_results.REGRESSION.exists():
+                ours["regression"] = regression_results.figure()
             if linear_results.LINEAR.exists():
                 ours["linear_lengths"] = linear_results.linear_lengths()
             if sparsek_results.SPARSEK.exists():
