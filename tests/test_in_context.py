@@ -47,6 +47,7 @@ from aftermax.lab.in_context_study import (
     optimum,
     resumed,
 )
+from aftermax.regression import softmax_regression
 
 SMALL = Setting(rows=6, width=3, batch=4, steps=12, rates=(1e-3, 1e-2), seeds=(0, 1))
 
@@ -149,6 +150,7 @@ def test_the_optimum_answers_every_example_and_is_of_least_norm():
         assert_close(answers, made.target, rtol=0, atol=1e-12)
         if width == 4:
             assert_close(logits_of(found, made.queries).softmax(-1), made.answers)
+            assert_close(softmax_regression(made.data, made.target).x, found)
         shift = torch.randn(3, width, generator=torch.Generator().manual_seed(1)).double()
         centred = made.data - made.data.mean(1, keepdim=True)
         within = torch.linalg.pinv(centred) @ centred

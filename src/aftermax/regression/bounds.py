@@ -11,7 +11,7 @@ f = (1/2, 1/2, 0, ...). J being the derivative of softmax at every point of the 
     norm(f(A'x) - f(Ax)) <= norm(x) norm(A' - A) / 2
 
 **The Hessian of l** has its eigenvalues in `CURVATURE_PROVED`, (-0.24042, 0.30815), for any
-b >= 0 with sum(b) <= 1; in a search all were between `CURVATURE_MIN` and `CURVATURE_MAX`. These are the
+b >= 0 with sum(b) <= 1; in a search all were from `CURVATURE_MIN` to `CURVATURE_MAX`, the
 extremes of 4 s^2 (1 - s)(2 - 3 s), the curvature of two classes of which the first has s and the
 target is on the second, at s = (15 + sqrt 33) / 24 and (15 - sqrt 33) / 24.
 
