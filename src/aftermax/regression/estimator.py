@@ -23,12 +23,9 @@ class SoftmaxRegression:
 
     With m columns of b, (n, m), there are m problems with one A, solved at once.
 
-    ==============  =============================================================================
-    `coef_`         x, (d,), or (m, d) as scikit-learn has it, for m columns
-    `fit_`          the `Fit` of `softmax_regression`: loss, certificate, flags, `status`
-    `n_iter_`       the largest number of steps of any column
-    `n_features_in_`  d
-    ==============  =============================================================================
+    After a fit there are `coef_` (x, (d,), or (m, d) as scikit-learn has it, for m columns), `fit_`
+    (the `Fit` of `softmax_regression`: loss, certificate, flags, `status`), `n_iter_` (the largest
+    number of steps of any column) and `n_features_in_` (d).
 
     Args:
         weight: the papers' w, one number >= 0 for all rows.

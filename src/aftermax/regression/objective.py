@@ -49,17 +49,17 @@ from aftermax.regression.blocks import Block, Kind, RescaledBlock, SoftmaxBlock,
 class Expansion:
     """An objective at a point x: what is asked for is computed once, of one evaluation of f.
 
-    ==================  ==================  ===============================================
-    `value`             (...)               the loss, regularisers included
-    `gradient`          like x              its gradient
-    `residual`          like b              c = f - b, or u - <u, 1> b; without regularisers
-    `hessian`           (..., d, d)         second derivatives; d counts all entries of x
-    `gauss_newton`      (..., d, d)         J^T J and the regularisers'; never indefinite
-    `jacobian_product`  like b, of v        J v, J = d residual / d x
-    `transposed_product`  like x, of r      J^T r
-    `hessian_product`   like x, of v        hessian v without the matrix, O(n d)
-    `gauss_newton_product`  like x, of v    the same of the Gauss-Newton matrix
-    ==================  ==================  ===============================================
+    ======================  ==================  =====================================================
+    `value`                 (...)               the loss, regularisers included
+    `gradient`              like x              its gradient
+    `residual`              like b              c = f - b, or u - <u, 1> b; without regularisers
+    `hessian`               (..., d, d)         second derivatives; d counts all entries of x
+    `gauss_newton`          (..., d, d)         J^T J and the regularisers'; never indefinite
+    `jacobian_product`      like b, of v        J v, J = d residual / d x
+    `transposed_product`    like x, of r        J^T r
+    `hessian_product`       like x, of v        hessian v without the matrix, O(n d)
+    `gauss_newton_product`  like x, of v        the same of the Gauss-Newton matrix
+    ======================  ==================  =====================================================
     """
 
     def __init__(self, objective: Objective, x: Tensor):
@@ -207,7 +207,7 @@ class Objective(ABC):
         """`of(A)` for A (..., n, d), a matrix of each block, summed over blocks."""
 
     def at(self, x: Tensor) -> Expansion:
-        """All of the objective at x (..., *unknowns)."""
+        """All of the objective at x, whose last dimensions are the unknowns."""
         if tuple(x.shape[-len(self.unknowns) :]) != self.unknowns:
             raise ValueError(f"{self._name} has unknowns {self.unknowns}, got x {tuple(x.shape)}")
         return Expansion(self, x)

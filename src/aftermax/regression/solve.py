@@ -41,18 +41,21 @@ BRIEF = Plan(switch=False, max_iterations=20)
 class Fit:
     """What `minimize` found: tensors with the leading dimensions of the problems.
 
-    x: (..., d), or (..., d1, d2) of the matrix form.
-    loss: the objective there, regularisers included.
-    gradient_norm: ||gradient||_2.
-    iterations: steps tried, of all paths that led to x.
-    smallest_eigenvalue: of the Hessian at x, the certificate: above 0 x is a strict local minimum.
-        A direction that changes no logit (more columns than rows, a constant column) makes it 0
-        without harm. Beyond 2000 unknowns it is a Lanczos value, which the true one lies below.
-    converged: no step promises more than the dtype can tell, and nothing below speaks against it.
-    unbounded: no minimum is at a finite place, as far as the dtype tells: the loss is as low or
-        lower `FAR` logits further out.
-    non_convex: the Hessian at x has an eigenvalue that is clearly negative: x is no minimum.
-    out_of_steps: `max_iterations` was reached.
+    Args:
+        x: (..., d), or (..., d1, d2) of the matrix form.
+        loss: the objective there, regularisers included.
+        gradient_norm: ||gradient||_2.
+        iterations: steps tried, of all paths that led to x.
+        smallest_eigenvalue: of the Hessian at x, the certificate: above 0 x is a strict local
+            minimum. A direction that changes no logit (more columns than rows, a constant column)
+            makes it 0 without harm. Beyond 2000 unknowns it is a Lanczos value, which the true one
+            lies below.
+        converged: no step promises more than the dtype can tell, and nothing below speaks against
+            it.
+        unbounded: no minimum is at a finite place, as far as the dtype tells: the loss is as low or
+            lower `FAR` logits further out.
+        non_convex: the Hessian at x has an eigenvalue that is clearly negative: x is no minimum.
+        out_of_steps: `max_iterations` was reached.
 
     `status` says the same in words.
     """
@@ -169,22 +172,25 @@ def minimize(
 
     Args:
         objective: `Normalised`, `Rescaled` or `MatrixForm`; all its problems are solved at once.
-        x0: (..., *unknowns), where to begin; None is 0. (0 is already a minimum of the rescaled
+        x0: where to begin, of the shape of x; None is 0. (0 is already a minimum of the rescaled
             sinh, see there.)
-        method:
-            "lm": Levenberg-Marquardt on the Gauss-Newton matrix. Best where the fit is nearly
-                exact; converges slowly where it is not.
-            "newton": on the Hessian. The fewest steps where a regulariser makes the problem
-                convex; without one it finds worse minima than "lm".
-            "auto": "lm" till a step takes less than 1% off the loss, then "newton". Beyond 2000
-                unknowns it is "cg".
-            "cg": "auto" with conjugate gradients, on products of O(n d) alone.
-            "thorough": "auto" from x0 with four dampings, from light to heavy, and (of a softmax)
-                with three from the minimum of the cross-entropy, which is convex; the least loss
-                is kept. Without a regulariser a target that no x fits has many minima.
+        method: one of those below.
         tolerance: relative; a problem has converged when the next step promises to take less than
             this off its loss. 0 is as far as the dtype tells.
         max_iterations: steps tried on a path.
+
+    The methods:
+
+    - "lm": Levenberg-Marquardt on the Gauss-Newton matrix. Best where the fit is nearly exact;
+      converges slowly where it is not.
+    - "newton": on the Hessian. The fewest steps where a regulariser makes the problem convex;
+      without one it finds worse minima than "lm".
+    - "auto": "lm" till a step takes less than 1% off the loss, then "newton". Beyond 2000 unknowns
+      it is "cg".
+    - "cg": "auto" with conjugate gradients, on products of O(n d) alone.
+    - "thorough": "auto" from x0 with four dampings, from light to heavy, and (of a softmax) with
+      three from the minimum of the cross-entropy, which is convex; the least loss is kept. Without
+      a regulariser a target that no x fits has many minima.
 
     At the end a last Newton step is kept if it makes the gradient smaller; if the Hessian shows
     negative curvature, x leaves along it and walks on, three times at most. Then the verdicts of
