@@ -49,17 +49,17 @@ from aftermax.regression.blocks import Block, Kind, RescaledBlock, SoftmaxBlock,
 class Expansion:
     """An objective at a point x: what is asked for is computed once, of one evaluation of f.
 
-    ======================  ==================  =====================================================
+    ======================  ==================  ==================================================
     `value`                 (...)               the loss, regularisers included
     `gradient`              like x              its gradient
-    `residual`              like b              c = f - b, or u - <u, 1> b; without regularisers
+    `residual`              like b              c = f - b, or u - <u, 1> b; unregularised
     `hessian`               (..., d, d)         second derivatives; d counts all entries of x
     `gauss_newton`          (..., d, d)         J^T J and the regularisers'; never indefinite
     `jacobian_product`      like b, of v        J v, J = d residual / d x
     `transposed_product`    like x, of r        J^T r
     `hessian_product`       like x, of v        hessian v without the matrix, O(n d)
     `gauss_newton_product`  like x, of v        the same of the Gauss-Newton matrix
-    ======================  ==================  =====================================================
+    ======================  ==================  ==================================================
     """
 
     def __init__(self, objective: Objective, x: Tensor):
