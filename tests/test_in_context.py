@@ -370,6 +370,19 @@ def test_a_study_that_is_stopped_goes_on_with_the_same_numbers():
     assert again.count() == (12, 12)
 
 
+@pytest.mark.usefixtures("few_tasks")
+def test_progress_counts_what_is_asked_for_alone():
+    """Runs of a record that are not asked for any more are no progress."""
+    whole = Study(SMALL)
+    whole.complete()
+    more = resumed(json.loads(json.dumps(whole.to_json())), replace(SMALL, seeds=(7, 8)))
+    arms, rates = len(SMALL.arms), len(SMALL.rates)
+    assert more.count() == (arms * rates, arms * (rates + 2))
+    counts = []
+    more.complete(lambda job, outcome: counts.append(more.count()[0]))
+    assert counts == [arms * rates + i for i in range(1, 2 * arms + 1)]
+
+
 def test_a_record_of_another_setting_is_refused():
     held = Study(SMALL).to_json()
     assert resumed(held, replace(SMALL, seeds=(7,), rates=(1.0,))).setting.seeds == (7,)

@@ -315,8 +315,12 @@ class Study:
 
     def count(self) -> tuple[int, int]:
         """Runs that there are of those that are asked for, and how many that is."""
-        asked = len(self.setting.arms) * (len(self.setting.rates) + len(self.setting.seeds))
-        return min(len(self.done), asked), asked
+        arms, rates = self.setting.arms, self.setting.rates
+        found = sum(
+            Job("search", a, rate, SEARCH_SEED) in self.done for a in arms for rate in rates
+        )
+        found += sum(len(self.runs(arm)) for arm in arms)
+        return found, len(arms) * (len(rates) + len(self.setting.seeds))
 
     def best_rate(self, arm: str) -> float:
         """That of the least loss at the end."""
