@@ -64,6 +64,38 @@ def test_scores_are_shares_of_what_equal_shares_leave(data):
     assert model.score(A, 7 * b[:, 0]) == model.score(A, b[:, 0])
 
 
+def test_any_array_that_numpy_can_read(data):
+    A, b = (t.numpy() for t in data[:2])
+    want = SoftmaxRegression().fit(A, b).coef_
+    fixed = A.copy()
+    fixed.setflags(write=False)  # as joblib's memory maps are
+    for array in (fixed, A[::-1][::-1], A.astype(">f8"), A.astype(object), A.tolist()):
+        found = SoftmaxRegression().fit(array, b).coef_
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, want, rtol=0, atol=1e-9)
+
+    class Frame:
+        """As of pandas."""
+
+        def __array__(self, dtype=None, copy=None):
+            return A.astype(dtype or A.dtype)
+
+    np.testing.assert_array_equal(SoftmaxRegression().fit(Frame(), b).coef_, want)
+    assert SoftmaxRegression().fit(A.astype(np.float32), b).coef_.dtype == np.float32
+    assert SoftmaxRegression().fit(A.astype(np.float16), b).coef_.dtype == np.float64
+    assert SoftmaxRegression().fit(torch.tensor(A).half(), b).coef_.dtype == torch.float64
+    with pytest.raises(ValueError, match="real numbers, got complex128"):
+        SoftmaxRegression().fit(A + 1j, b)
+    with pytest.raises(ValueError, match="finite"):
+        SoftmaxRegression().fit(A, b).predict(A * np.nan)
+
+
+def test_sinh_has_nothing_to_learn(data):
+    A, b, _ = data
+    with pytest.raises(ValueError, match="x = 0 has loss 0"):
+        SoftmaxRegression(objective="sinh").fit(A, b)
+
+
 def test_errors_say_what_came(data):
     A, b, _ = data
     with pytest.raises(ValueError, match=r"b \(n,\) or \(n, m\) for the n = 60 rows"):

@@ -31,11 +31,11 @@ class SoftmaxRegression:
         weight: the papers' w, one number >= 0 for all rows.
         ridge: >= 0.
         method, objective, tolerance, max_iterations: as of `softmax_regression`. With `objective`
-            "exp", "cosh" or "sinh" `predict` gives u / <u, 1>.
+            "exp" or "cosh" `predict` gives u / <u, 1>; "sinh" is refused, as x = 0 has loss 0.
         normalise: divide b by its sum first. If False, b must sum to at most 1.
 
     A and b are numpy arrays, torch tensors or lists; tensors in, tensors out, arrays in, arrays
-    out. Integers and lists become float64, float32 stays.
+    out. float32 stays, all else (integers, lists, half precision) becomes float64.
 
     It has what scikit-learn asks for (parameters set by keyword and left alone, `get_params`,
     `set_params`, learned attributes with an underscore at the end), so that `clone`, pipelines and
@@ -79,8 +79,13 @@ class SoftmaxRegression:
 
         Raises:
             ValueError: shapes that do not fit, numbers that are not finite, a negative b, a column
-                of b without mass (or, with normalise=False, with more than 1).
+                of b without mass (or, with normalise=False, with more than 1); "sinh".
         """
+        if self.objective == "sinh":
+            raise ValueError(
+                'objective="sinh" has nothing to learn: x = 0 has loss 0 whatever b is. For a fit'
+                ' near an x0 call minimize(Rescaled(A, b, kind="sinh"), x0)'
+            )
         data, target = _tensor(A), _tensor(b)
         _need_rows(data)
         if target.ndim not in (1, 2) or len(target) != len(data):
@@ -136,6 +141,8 @@ class SoftmaxRegression:
             )
         data = _tensor(A)
         _need_rows(data)
+        if not bool(data.isfinite().all()):
+            raise ValueError("A must be finite")
         if data.shape[1] != self.n_features_in_:
             raise ValueError(
                 f"A has {data.shape[1]} columns, X has {data.shape[1]} features, but"
@@ -143,9 +150,8 @@ class SoftmaxRegression:
             )
         x = self.fit_.x.to(data.dtype)
         s = data @ (x.mT if x.ndim == 2 else x)
-        if self.objective in ("cosh", "sinh"):
-            u = s.cosh() if self.objective == "cosh" else s.sinh()
-            return u / u.sum(0)
+        if self.objective == "cosh":
+            return torch.logaddexp(s, -s).softmax(0)
         return s.softmax(0)
 
     # ---- what scikit-learn asks for
@@ -193,8 +199,19 @@ class SoftmaxRegression:
 
 
 def _tensor(a: Any) -> Tensor:
-    t = a.detach() if isinstance(a, Tensor) else torch.as_tensor(a)
-    return t if t.is_floating_point() else t.double()
+    """In float32 or float64, and of numbers alone; whatever is no tensor is numpy's to read."""
+    if isinstance(a, Tensor):
+        if a.is_complex():
+            raise ValueError(f"SoftmaxRegression takes real numbers, got {a.dtype}")
+        return a.detach() if a.dtype == torch.float32 else a.detach().double()
+    import numpy as np
+
+    array = np.asarray(a)
+    if array.dtype.kind == "c":
+        raise ValueError(f"SoftmaxRegression takes real numbers, got {array.dtype}")
+    dtype = np.float32 if array.dtype == np.float32 else np.float64
+    # a copy, as torch takes no negative strides and warns of what is not writable
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
 
 
 def _like(a: Any, t: Tensor) -> Any:
