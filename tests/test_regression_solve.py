@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -322,3 +323,25 @@ def test_targets_that_are_no_distribution_go_to_minimize():
     shifted = b + 0.1 * normal(10)
     fit = minimize(Normalised(A, shifted))
     assert fit.converged or fit.unbounded
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_by_name(dtype):
+    A, b = torch.eye(3, dtype=dtype), torch.full((3,), 0.25, dtype=dtype)
+    with pytest.raises(ValueError, match=f"float32 or float64, got {dtype}"):
+        softmax_regression(A, b)
+
+
+def test_no_problems_are_refused():
+    A, b = torch.randn(0, 5, 2), torch.full((5,), 0.2)
+    with pytest.raises(ValueError, match=r"at least one problem, got a batch of \(0,\)"):
+        softmax_regression(A, b)
+    with pytest.raises(ValueError, match="at least one problem"):
+        softmax_regression(A, b.expand(0, 5))
+
+
+def test_a_weight_is_any_one_number():
+    A, b = torch.randn(6, 2, dtype=torch.float64), torch.full((6,), 1 / 8, dtype=torch.float64)
+    want = softmax_regression(A, b, weight=0.5).x
+    for weight in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
+        torch.testing.assert_close(softmax_regression(A, b, weight=weight).x, want)

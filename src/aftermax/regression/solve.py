@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -143,12 +144,13 @@ def softmax_regression(
         raise ValueError(
             f"objective must be 'softmax' or one of {get_args(Kind)}, got {objective!r}"
         )
-    if isinstance(weight, int | float):
-        weight = torch.full_like(b, weight) if weight else None
+    if isinstance(weight, Real) or (isinstance(weight, Tensor) and not weight.ndim):
+        weight = torch.full_like(b, float(weight)) if weight else None
     if objective == "softmax":
         problem: Objective = Normalised(A, b, weight, ridge)
     else:
         problem = Rescaled(A, b, weight, ridge, objective)
+    _refuse_what_has_no_solver(problem)
     _refuse_infinite(A=A, b=b)
     over = b.sum(-1).max().item() - 1
     if b.min() < 0 or over > 4 * b.shape[-1] * torch.finfo(b.dtype).eps:
@@ -168,12 +170,13 @@ def minimize(
     tolerance: float = 0.0,
     max_iterations: int = 300,
 ) -> Fit:
-    """A local minimum of an objective, from x0 downhill.
+    """A local minimum of an objective, from x0 downhill. Nothing is differentiated through: x has
+    no graph, whatever the data require.
 
     Args:
         objective: `Normalised`, `Rescaled` or `MatrixForm`; all its problems are solved at once.
         x0: where to begin, of the shape of x; None is 0. (0 is already a minimum of the rescaled
-            sinh, see there.)
+            sinh, see there, and a point without slope of cosh, which is even: give an x0 there.)
         method: one of those below.
         tolerance: relative; a problem has converged when the next step promises to take less than
             this off its loss. 0 is as far as the dtype tells.
@@ -220,6 +223,7 @@ def minimize(
             "minimize needs max_iterations >= 1 and 0 <= tolerance < 1, got"
             f" {max_iterations} and {tolerance}"
         )
+    _refuse_what_has_no_solver(objective)
     _refuse_infinite(**{name: t for name, t in vars(objective).items() if isinstance(t, Tensor)})
     flat, batch = objective.flat(), objective.batch
     x = _start(objective, x0).reshape(batch.numel(), math.prod(objective.unknowns))
@@ -240,6 +244,18 @@ def minimize(
 
 
 # ---- before ------------------------------------------------------------------------------------
+
+
+def _refuse_what_has_no_solver(objective: Objective) -> None:
+    if objective.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"softmax regression is solved in float32 or float64, got {objective.dtype}"
+        )
+    if not objective.batch.numel():
+        raise ValueError(
+            "softmax regression needs at least one problem, got a batch of"
+            f" {tuple(objective.batch)}"
+        )
 
 
 def _refuse_infinite(**tensors: Tensor) -> None:
