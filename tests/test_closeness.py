@@ -296,3 +296,28 @@ def test_the_report_says_what_does_not_fit():
         closeness_report(A * math.nan, x, b, 1.0)
     with pytest.raises(ValueError, match="learning rate"):
         closeness_report(A, x, b, math.inf)
+    with pytest.raises(ValueError, match=r"one problem.*x \(2, 3\)"):
+        closeness_report(A, x.expand(2, 3), b, 1.0)
+    with pytest.raises(ValueError, match=r"one problem.*b \(2, 5\)"):
+        closeness_report(A, x, b.expand(2, 5), 1.0)
+    with pytest.raises(ValueError, match="step must be finite"):
+        closeness_report(A, x, b, x * math.nan, update=A)
+    with pytest.raises(ValueError, match="update must be finite"):
+        closeness_report(A, x, b, 1.0, update=A * math.inf)
+
+
+def test_the_report_needs_no_gradients():
+    """Of a layer that is trained, say: warnings are errors here."""
+    A, b, x = problem(5, 3)
+    layer = torch.nn.Linear(3, 3, dtype=torch.float64)
+    plain = closeness_report(A, x, b, 1.0, update=layer(A).detach() - A)
+    traced = closeness_report(A.clone().requires_grad_(), x.clone().requires_grad_(), b, 1.0, layer)
+    assert str(traced) == str(plain)
+    assert not traced.equivalent.requires_grad
+
+
+def test_a_matrix_without_rank_has_no_convex_weight():
+    A = torch.ones(4, 2, dtype=torch.float64)
+    assert float(convex_weight(A)) ** 2 == pytest.approx(0.24042)
+    with pytest.raises(ValueError, match="rank"):
+        convex_weight(A, strength=1.0)

@@ -72,11 +72,12 @@ def safe_step(A: Tensor) -> Tensor:
 
 
 def convex_weight(A: Tensor, strength: float = 0.0) -> Tensor:
-    """The least w with which norm(f - b)^2 / 2 + norm(w A x)^2 / 2 is strongly convex, (...,).
+    """A w with which norm(f - b)^2 / 2 + norm(w A x)^2 / 2 is convex, by `strength`, (...,).
 
     w^2 = 0.24042 + strength / sigma_min(A)^2 makes every eigenvalue of the Hessian at least
-    `strength`. The papers (Deng, Li, Song, arXiv 2304.10411) ask for 4 in place of 0.24042, and for
-    100 where the Hessian is approximated.
+    `strength`, for every b >= 0 with sum(b) <= 1; of one b a smaller w may do.
+    The papers (Deng, Li, Song, arXiv 2304.10411) ask for 4 in place of 0.24042, and for 100 where
+    the Hessian is approximated.
 
     Args:
         A: (..., n, d) of rank d.
@@ -94,7 +95,14 @@ def convex_weight(A: Tensor, strength: float = 0.0) -> Tensor:
             f"A of shape {tuple(A.shape)} has no rank d = {A.shape[-1]}: no weight on A x makes "
             "the loss strongly convex; a ridge on x does"
         )
-    smallest = torch.linalg.svdvals(_matrix(A, "A"))[..., -1]
+    values = torch.linalg.svdvals(_matrix(A, "A"))
+    smallest = values[..., -1]
+    rounding = max(A.shape[-2:]) * torch.finfo(A.dtype).eps * values[..., 0]
+    if bool((smallest <= rounding).any()):
+        raise ValueError(
+            f"A of shape {tuple(A.shape)} has a rank below d = {A.shape[-1]}: no weight on A x "
+            "makes the loss strongly convex; a ridge on x does"
+        )
     return (strength / smallest**2 - CURVATURE_PROVED[0]).sqrt()
 
 

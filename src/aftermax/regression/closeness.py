@@ -118,6 +118,7 @@ class ClosenessReport:
         return "\n".join(lines)
 
 
+@torch.no_grad()
 def closeness_report(
     A: Tensor,
     x: Tensor,
@@ -154,8 +155,11 @@ def closeness_report(
     difference of the predictions 0.001517
     distance to the exact update  0.1213 of its norm
     """
-    if A.ndim != 2:
-        raise ValueError(f"closeness_report takes one problem, A (n, d), got {tuple(A.shape)}")
+    if (A.ndim, x.ndim, b.ndim) != (2, 1, 1):
+        raise ValueError(
+            "closeness_report takes one problem, A (n, d), x (d,) and b (n,), got"
+            f" A {tuple(A.shape)}, x {tuple(x.shape)} and b {tuple(b.shape)}"
+        )
     _check(A, x=x, b=b)
     if not all(bool(t.isfinite().all()) for t in (A, x, b)):
         raise ValueError("A, x and b must be finite")
@@ -187,6 +191,8 @@ def _step(A: Tensor, x: Tensor, b: Tensor, step: float | Tensor) -> Tensor:
         _check(A, step=step)
         if step.shape != x.shape:
             raise ValueError(f"step must be {tuple(x.shape)} as x, got {tuple(step.shape)}")
+        if not bool(step.isfinite().all()):
+            raise ValueError("step must be finite")
         return step
     if not math.isfinite(step):
         raise ValueError(f"step must be a finite learning rate or dx, got {float(step)}")
@@ -210,6 +216,8 @@ def _update(
             f"update must be {A.dtype} of shape {tuple(A.shape)} as A, got {moved.dtype} of shape "
             f"{tuple(moved.shape)}"
         )
+    if not bool(moved.isfinite().all()):
+        raise ValueError("update must be finite")
     return moved
 
 

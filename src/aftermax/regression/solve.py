@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -144,8 +143,9 @@ def softmax_regression(
         raise ValueError(
             f"objective must be 'softmax' or one of {get_args(Kind)}, got {objective!r}"
         )
-    if isinstance(weight, Real) or (isinstance(weight, Tensor) and not weight.ndim):
-        weight = torch.full_like(b, float(weight)) if weight else None
+    if not (weight is None or (isinstance(weight, Tensor) and weight.ndim)):
+        number = float(weight)  # of numpy, too
+        weight = torch.full_like(b, number) if number else None
     if objective == "softmax":
         problem: Objective = Normalised(A, b, weight, ridge)
     else:
