@@ -14,6 +14,7 @@ from aftermax.regression import (
     Rescaled,
     minimize,
     softmax_regression,
+    solve,
 )
 from aftermax.regression.descent import Plan, descend
 
@@ -345,3 +346,18 @@ def test_a_weight_is_any_one_number():
     want = softmax_regression(A, b, weight=0.5).x
     for weight in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
         torch.testing.assert_close(softmax_regression(A, b, weight=weight).x, want)
+
+
+def test_a_lanczos_certificate_does_not_hang_on_the_neighbours_of_a_problem():
+    """One whose Hessian is 0, or of small rank, has seen all of its directions at once."""
+    A, x = torch.randn(30, 60, dtype=F64), torch.randn(1, 60, dtype=F64)
+    b = (2 * torch.randn(30, dtype=F64)).softmax(0)
+    problem = Normalised(torch.stack([A, 0 * A, A[:, :1].expand(30, 60)]), b)
+    points = x.expand(3, 60)
+    hessian = problem.hessian(points)
+
+    def product(v):
+        return (hessian @ v[..., None])[..., 0]
+
+    found = solve._lanczos(product, points).smallest
+    torch.testing.assert_close(found, torch.linalg.eigvalsh(hessian)[:, 0], rtol=1e-9, atol=1e-12)

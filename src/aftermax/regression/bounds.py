@@ -109,6 +109,7 @@ def convex_weight(A: Tensor, strength: float = 0.0) -> Tensor:
 def hessian_lipschitz(A: Tensor) -> Tensor:
     """THIRD_DERIVATIVE_MAX norm(A)^3: how fast the Hessian of L changes with x, (...,).
 
+    Searched, not proved; 4 norm(A)^3 is proved (docs/regression_theory.md).
     In place of n^1.5 exp(30 R^2) (arXiv 2304.10411).
 
     >>> hessian_lipschitz(2 * torch.eye(2))

@@ -364,17 +364,28 @@ def _spectrum(flat: Objective, x: Tensor) -> Spectrum:
 
 
 def _lanczos(product: Callable[[Tensor], Tensor], x: Tensor, steps: int = 80) -> Spectrum:
-    """With every vector made orthogonal to all before it, twice."""
-    v = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).to(x)
-    basis, images = [v / v.norm(dim=1, keepdim=True)], []
-    for _ in range(min(steps, x.shape[1])):
-        images.append(y := product(basis[-1]))
+    """With every vector made orthogonal to all before it, twice; where a problem has none left, it
+    goes on from another at random, as the rest of the batch is not at its end with it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> Tensor:
+        return torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x)
+
+    def apart(y: Tensor) -> Tensor:
         for q in 2 * basis:
             y = y - (q * y).sum(1, keepdim=True) * q
-        norm = y.norm(dim=1, keepdim=True)
-        if bool((norm <= 1e-12 * images[0].norm(dim=1, keepdim=True)).any()):
-            break
-        basis.append(y / norm)
+        return y
+
+    v = drawn()
+    basis, images = [v / v.norm(dim=1, keepdim=True)], []
+    for _ in range(min(steps, x.shape[1])):
+        images.append(product(basis[-1]))
+        y = apart(images[-1])
+        least = 1e4 * torch.finfo(x.dtype).eps * images[0].norm(dim=1, keepdim=True)
+        over = y.norm(dim=1, keepdim=True) <= least
+        if bool(over.any()):
+            y = torch.where(over, apart(drawn()), y)
+        basis.append(y / y.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny))
     q, image = torch.stack(basis[: len(images)], 2), torch.stack(images, 2)
     small = q.mT @ image
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
