@@ -7,6 +7,8 @@ of a process of its own, above what it held before the step.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import resource
 import statistics
@@ -84,6 +86,7 @@ def _answer(send: Connection, measure: Callable[..., float], *arguments: object)
 
 def peak_mebibytes(function: Callable[[], object]) -> float:
     """How far the resident memory of this process rises above its present size in a call."""
+    _give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (Linux)
         before = _high_water()
@@ -91,6 +94,12 @@ def peak_mebibytes(function: Callable[[], object]) -> float:
         before = _largest_ever()
     function()
     return _high_water() - before
+
+
+def _give_back() -> None:
+    """Free memory that is still resident serves a call without a trace: it goes first, on glibc."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _high_water() -> float:
