@@ -28,7 +28,7 @@ quadratic form W(y_1, .., c, D) moves to the others what they can spare.
 above its tangents; with a tangent in its place the matrix is affine in g and G. In p and the shares
 it differs from the interpolation of its values at the corners by width^2 / 8 times its second
 derivative at most. So it is positive where its least eigenvalue at every corner exceeds that.
-Eigenvalues are float64, and have to exceed it by 1e-9, a hundred times their rounding.
+Eigenvalues are float64, and have to exceed it by 1e-9, twenty times their rounding at the least.
 """
 
 from __future__ import annotations

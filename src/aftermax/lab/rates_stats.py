@@ -10,7 +10,7 @@ import numpy as np
 
 from aftermax.lab.results import Results
 
-DRAWS = 2000
+DRAWS = 20_000
 """Resamplings of the replicates, whole: all sizes of a replicate stay together."""
 BAND = (2.5, 97.5)
 """Percentiles."""

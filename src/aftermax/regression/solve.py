@@ -89,7 +89,7 @@ class Fit:
 def _words(converged: bool, unbounded: bool, non_convex: bool, out_of_steps: bool) -> str:
     if unbounded:
         return (
-            "unbounded: the loss is as low or lower further out, its infimum lies at infinity"
+            "unbounded: the loss is as low or lower further out, this path leads to infinity"
             " (or beyond this dtype); a ridge or a weight gives it a minimum"
         )
     if converged:
