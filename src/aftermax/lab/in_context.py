@@ -39,6 +39,7 @@ from aftermax.catalogue import find
 from aftermax.linear.separable import Places, Separable, Separated
 from aftermax.linear.walk import both_ways
 from aftermax.modules import Attention
+from aftermax.regression import softmax_gradient
 from aftermax.visible import Visible
 
 FIRST_RATE = 0.02
@@ -88,14 +89,6 @@ def loss_of(logits: Tensor, answers: Tensor) -> Tensor:
 # ---- gradient descent ----------------------------------------------------------------------------
 
 
-def gradient(data: Tensor, target: Tensor, x: Tensor) -> Tensor:
-    """Of |softmax(A x) - b|^2 / 2 at x (B, d): A^T (f c - (f.c) f), f = softmax(A x), c = f - b."""
-    f = (data @ x[..., None])[..., 0].softmax(-1)
-    c = f - target
-    of_logits = f * c - f * (f * c).sum(-1, keepdim=True)
-    return (of_logits[:, None] @ data)[:, 0]
-
-
 def descend(data: Tensor, target: Tensor, rates: Sequence[float]) -> Tensor:
     """x (B, d) after gradient steps from 0, of sizes n^2 times the rates.
 
@@ -106,7 +99,7 @@ def descend(data: Tensor, target: Tensor, rates: Sequence[float]) -> Tensor:
     """
     x = torch.zeros_like(data[:, 0])
     for rate in rates:
-        x = x - rate * data.shape[1] ** 2 * gradient(data, target, x)
+        x = x - rate * data.shape[1] ** 2 * softmax_gradient(data, target, x)
     return x
 
 
@@ -120,7 +113,7 @@ def best_rates(tasks: Tasks, steps: int) -> list[float]:
     these tasks, given those before it."""
     x, rates = torch.zeros_like(tasks.data[:, 0]), []
     for _ in range(steps):
-        way = -gradient(tasks.data, tasks.target, x) * tasks.data.shape[1] ** 2
+        way = -softmax_gradient(tasks.data, tasks.target, x) * tasks.data.shape[1] ** 2
         before, along = logits_of(x, tasks.queries), logits_of(way, tasks.queries)
         rates.append(best_factor(before, along, tasks.answers))
         x = x + rates[-1] * way
