@@ -76,8 +76,8 @@ def convex_weight(A: Tensor, strength: float = 0.0) -> Tensor:
 
     w^2 = 0.24042 + strength / sigma_min(A)^2 makes every eigenvalue of the Hessian at least
     `strength`, for every b >= 0 with sum(b) <= 1; of one b a smaller w may do.
-    The papers (Deng, Li, Song, arXiv 2304.10411) ask for 4 in place of 0.24042, and for 100 where
-    the Hessian is approximated.
+    The papers (Deng, Li, Song, arXiv 2304.10411), as we recall, ask for 4 in place of 0.24042, and
+    for 100 where the Hessian is approximated.
 
     Args:
         A: (..., n, d) of rank d.
