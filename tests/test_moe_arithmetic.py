@@ -183,6 +183,11 @@ def test_scores_further_apart_than_the_format_wrap_unless_corrected():
 def test_rows_of_nothing_are_refused():
     with pytest.raises(ValueError, match="at least one score"):
         single_pass_softmax(torch.zeros(2, 0, dtype=torch.int64))
+    for form in (Fixed(8, 0, signed=False), Fixed(32, 2), Fixed(8, 10)):
+        with pytest.raises(ValueError, match="signed format"):
+            single_pass_softmax(torch.zeros(2, 3, dtype=torch.int64), form)
+    with pytest.raises(ValueError, match="64 bits"):
+        single_pass_softmax(torch.zeros(1, 2**19).long().expand(1, 2**19), corrected=True)
 
 
 # ---- GELU ----------------------------------------------------------------------------------------

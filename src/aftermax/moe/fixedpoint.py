@@ -196,7 +196,8 @@ def single_pass_softmax(
         corrected: keep the sum, the differences and the reciprocal in as many bits as they take.
 
     Raises:
-        ValueError: for other numbers than those of the format, and rows of no scores.
+        ValueError: for other numbers than those of the format, rows of no scores, and formats or
+            lengths whose products do not fit 64 bits.
 
     >>> scores = ACTIVATION.encode(torch.zeros(2, 600))
     >>> hardware, ours = (single_pass_softmax(scores, corrected=c) for c in (False, True))
@@ -208,6 +209,12 @@ def single_pass_softmax(
     form.check(scores)
     if scores.ndim < 1 or scores.shape[-1] == 0:
         raise ValueError(f"a row needs at least one score, got {tuple(scores.shape)}")
+    if not form.signed or not 0 <= 2 * form.fraction <= 62 - GUARD:
+        raise ValueError(
+            f"one pass needs a signed format with 0 to {31 - GUARD // 2} bits of fraction, got {form}"
+        )
+    if corrected and scores.shape[-1] >> (63 - 2 * form.fraction):
+        raise ValueError(f"a sum of {scores.shape[-1]} scores of {form} does not fit 64 bits")
     one = 1 << form.fraction
     maximum = torch.full_like(scores[..., :1], form.lowest)
     total = torch.zeros_like(maximum)
