@@ -211,7 +211,7 @@ def single_pass_softmax(
         raise ValueError(f"a row needs at least one score, got {tuple(scores.shape)}")
     if not form.signed or not 0 <= 2 * form.fraction <= 62 - GUARD:
         raise ValueError(
-            f"one pass needs a signed format with 0 to {31 - GUARD // 2} bits of fraction, got {form}"
+            f"one pass needs a signed format of 0 to {31 - GUARD // 2} bits of fraction, got {form}"
         )
     if corrected and scores.shape[-1] >> (63 - 2 * form.fraction):
         raise ValueError(f"a sum of {scores.shape[-1]} scores of {form} does not fit 64 bits")
