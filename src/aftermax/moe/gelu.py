@@ -2,12 +2,12 @@
 
 Sarkar et al., "Edge-MoE", arXiv 2305.18691, as its released sources have it::
 
-    gelu(x) = relu(x) - delta(|x|),   delta(u) = u (1 - Phi(u)) = u erfc(u / sqrt 2) / 2
+    gelu(x) = relu(x) - delta(abs x),   delta(u) = u (1 - Phi(u)) = u erfc(u / sqrt 2) / 2
 
 delta is held at 177 places 1/32 apart, from 0 to 5.5, rounded to 22 bits of fraction; between them
 it is linear, beyond them 0. Rounding erf gives every entry of theirs. With a step h the error is
 
-    h^2 / 8 max |delta''| = h^2 / (4 sqrt(2 pi)) = 0.0997 h^2
+    h^2 / 8 times the largest size of delta'' = h^2 / (4 sqrt(2 pi)) = 0.0997 h^2
 
 halfway to the first place, as delta''(u) = (u^2 - 2) phi(u) is largest in size at 0: 9.74e-5 for
 theirs, a fifth of what the tanh form is off by, and delta(limit) where the table ends.
