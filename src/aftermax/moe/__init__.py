@@ -1,5 +1,6 @@
-"""The arithmetic of Edge-MoE: fixed-point numbers, softmax in one pass, GELU as a table."""
+"""Edge-MoE: experts gated by task; fixed-point numbers, softmax in one pass, GELU as a table."""
 
+from aftermax.moe.experts import Experts, Queues, dispatch, expert_layer, weight_bytes
 from aftermax.moe.fixedpoint import (
     ACTIVATION,
     Fixed,
@@ -9,17 +10,38 @@ from aftermax.moe.fixedpoint import (
     single_pass_softmax,
 )
 from aftermax.moe.gelu import fixed_gelu, gelu_delta, gelu_error, gelu_table, table_gelu
+from aftermax.moe.routing import (
+    Routing,
+    TaskRouter,
+    importance_loss,
+    load,
+    load_balance,
+    load_loss,
+    router_z_loss,
+)
 
 __all__ = [
     "ACTIVATION",
+    "Experts",
     "Fixed",
+    "Queues",
+    "Routing",
     "SinglePass",
+    "TaskRouter",
+    "dispatch",
+    "expert_layer",
     "fixed_gelu",
     "gelu_delta",
     "gelu_error",
     "gelu_table",
+    "importance_loss",
+    "load",
+    "load_balance",
+    "load_loss",
     "multiply",
     "recast",
+    "router_z_loss",
     "single_pass_softmax",
     "table_gelu",
+    "weight_bytes",
 ]
