@@ -1,6 +1,6 @@
 """Edge-MoE: experts gated by task; fixed-point numbers, softmax in one pass, GELU as a table."""
 
-from aftermax.moe.experts import Experts, Queues, dispatch, expert_layer, weight_bytes
+from aftermax.moe.experts import Experts, Queues, dispatch, expert_layer
 from aftermax.moe.fixedpoint import (
     ACTIVATION,
     Fixed,
@@ -43,5 +43,4 @@ __all__ = [
     "router_z_loss",
     "single_pass_softmax",
     "table_gelu",
-    "weight_bytes",
 ]

@@ -247,34 +247,6 @@ def _check(
             )
 
 
-# ---- bytes ---------------------------------------------------------------------------------------
-
-
-def weight_bytes(
-    pairs: int, filled: int, experts: int, matrix: int, order: Order = "expert"
-) -> int:
-    """Bytes of W1 and W2 that an order reads in a layer: counted, no measured traffic.
-
-    Args:
-        pairs: of token and choice that are computed.
-        filled: experts with at least one token.
-        experts: E.
-        matrix: bytes of one expert's W1 and W2; biases (0.4 % in Edge-MoE) are left out.
-        order: "token" reads `pairs` times `matrix`, "expert" `filled` times, "dense" E times. A
-            cache may hold what is read again.
-
-    Edge-MoE: 129 tokens, D = 192, H = 384, the best 2 of 16 experts, in float32.
-
-    >>> matrix = 2 * 192 * 384 * 4
-    >>> [weight_bytes(129 * 2, 16, 16, matrix, order) / 1e6 for order in ("token", "expert")]
-    [152.174592, 9.437184]
-    """
-    times = {"token": pairs, "expert": filled, "dense": experts}
-    if order not in times:
-        raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
-    return times[order] * matrix
-
-
 # ---- the module ----------------------------------------------------------------------------------
 
 
@@ -375,11 +347,15 @@ class Experts(nn.Module):
         return dispatch(index, self.experts, self.capacity, self.capacity_factor)
 
     def weight_bytes(self, tokens: int | Routing, order: Order = "expert") -> int:
-        """`weight_bytes` of this layer.
+        """Bytes of W1 and W2 that an order reads in a call: counted, no measured traffic.
 
         Args:
             tokens: a routing, whose queues are counted; or a number of tokens, for the most that
                 an order reads without drops.
+            order: "token" reads an expert for each (token, choice), "expert" those with a token,
+                "dense" all. A cache may hold what is read again.
+
+        Biases, 0.4 % in Edge-MoE, are left out.
         """
         if isinstance(tokens, Routing):
             lengths = self.dispatch(tokens).lengths
@@ -387,8 +363,10 @@ class Experts(nn.Module):
         else:
             pairs = tokens * self.router.top_k
             filled = min(self.experts, pairs)
-        matrix = 2 * self.width * self.hidden * self.w1.element_size()
-        return weight_bytes(pairs, filled, self.experts, matrix, order)
+        times = {"token": pairs, "expert": filled, "dense": self.experts}
+        if order not in times:
+            raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
+        return times[order] * 2 * self.width * self.hidden * self.w1.element_size()
 
     def extra_repr(self) -> str:
         return f"width={self.width}, hidden={self.hidden}, experts={self.experts}"
