@@ -251,6 +251,7 @@ def test_padding_never_matters(order, filler, capacity_factor):
     assert_close(out[seen], short)
     assert not out[~seen].any()
     assert torch.equal(routing.seen, seen)
+    assert not routing.weights[~seen].any()
     losses = [
         torch.stack([loss(r) for loss in (load_balance, importance_loss, load_loss, router_z_loss)])
         for r in (routing, alone)
@@ -263,6 +264,21 @@ def test_padding_never_matters(order, filler, capacity_factor):
     for padded, right in zip(*gradients, strict=True):
         assert_close(padded, right)
     assert not gradients[0][0][~seen].any()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_expert_that_nobody_chose_never_matters(order):
+    layer = Experts(4, 6, experts=3, order=order, dtype=F64)
+    x = torch.randn(5, 4, dtype=F64).abs().requires_grad_()
+    layer.router.gates.data[0, 1] = -10  # positive tokens have a low score here
+    before = layer(x).detach()
+    layer.w1.data[1], layer.b2.data[1] = math.inf, math.nan
+    out, routing = layer(x, return_routing=True)
+    assert not (routing.index == 1).any()
+    assert_close(out, before)
+    if order != "dense":  # which computes, and differentiates, what it then leaves out
+        out.sum().backward()
+        assert all(p.grad.isfinite().all() for p in (x, *layer.parameters()))
 
 
 def test_all_padding_is_zero_with_gradients():

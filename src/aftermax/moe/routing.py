@@ -201,7 +201,8 @@ def load_balance(routing: Routing) -> Tensor:
 def importance_loss(routing: Routing) -> Tensor:
     """CV^2 of sum_tokens weight_i (1701.06538, equations 6 and 7), CV = deviation over mean.
 
-    The variance is that of E values, divided by E: one expert has 0, all on one of E has E - 1.
+    The weights are those of the chosen, as there; V-MoE sums the full softmax. The variance is
+    that of E values, divided by E: one expert has 0, all on one of E has E - 1.
 
     >>> routing = TaskRouter(8, experts=4, top_k=1)(torch.zeros(100, 8))  # ties: all to expert 0
     >>> float(importance_loss(routing).detach())
