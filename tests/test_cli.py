@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -294,3 +295,15 @@ def test_the_same_text_elsewhere_is_the_same_text(tmp_path):
     here, there = (write_texts(tmp_path / name) for name in ("here", "there"))
     first, second = (prepared(tiny_work(d), tmp_path) for d in (here, there))
     assert first.digest == second.digest
+
+
+def test_a_store_that_is_held_is_one_line(monkeypatch, capsys):
+    def held(*_, **__):
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr("tyro.extras.subcommand_cli_from_dict", held)
+    monkeypatch.setattr("sys.argv", ["aftermax", "report"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "another process has held the store" in capsys.readouterr().err

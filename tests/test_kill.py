@@ -1,8 +1,10 @@
 """The command itself, killed and interrupted: what it comes to is what a quiet run comes to."""
 
+import contextlib
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -183,15 +185,29 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_what_was_done(work, quiet, tmp_path)
     assert_same(out, quiet)
 
 
+def is_locked(store: Path) -> bool:
+    with contextlib.closing(sqlite3.connect(store, timeout=0, isolation_level=None)) as asked:
+        try:
+            asked.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+        asked.execute("ROLLBACK")
+        return False
+
+
 def test_two_commands_at_once_do_not_spoil_each_other(work, quiet, tmp_path):
     """The second gives up with one line, and the first goes on."""
     out = tmp_path / "out"
     with Process(work, out) as first:
         first.until(lambda store: steps_made(store) > 0)
-        os.kill(first.popen.pid, signal.SIGSTOP)  # so that it is still there, and so are its runs
-        workers = [pid for pid in first.members() if pid != first.popen.pid]
-        for pid in workers:
-            os.kill(pid, signal.SIGSTOP)
+        while True:  # stopped, so that it is still there, and so are its runs
+            for pid in first.members():
+                os.kill(pid, signal.SIGSTOP)
+            if not is_locked(out / "store.sqlite"):
+                break  # in the middle of a write it would be the store that the second waits for
+            for pid in first.members():
+                os.kill(pid, signal.SIGCONT)
+            time.sleep(0.05)
         with Process(work, tmp_path / "out") as second:
             assert second.wait() == 2
             said = second.log.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -317,6 +318,11 @@ def main() -> None:
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         print(f"aftermax: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise
+        print("aftermax: another process has held the store for a minute", file=sys.stderr)
         raise SystemExit(2) from None
 
 
