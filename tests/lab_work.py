@@ -18,6 +18,7 @@ from aftermax.lab.labels_work import LabelsWork
 from aftermax.lab.models import DecoderLM
 from aftermax.lab.outliers_work import OutliersWork
 from aftermax.lab.rates_work import RatesWork
+from aftermax.lab.results import Results
 from aftermax.lab.store import Store
 from aftermax.lab.vision_work import VisionWork
 from aftermax.lab.words_work import WordsWork
@@ -200,3 +201,9 @@ def open_store(folder: Path, run: Run, work: str = "w") -> Store:
     store = Store(folder / "store.sqlite")
     store.add_run(work, run.id, run.kind, run.system, run.seed, run.learning_rate, run.settings())
     return store
+
+
+def latest_results(out: Path) -> Results:
+    """Of the folder of a comparison."""
+    with Store(out / "store.sqlite") as store:
+        return Results.of_store(store, store.latest_work())

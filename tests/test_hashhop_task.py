@@ -21,6 +21,7 @@ from aftermax.lab.store import Store
 from aftermax.lab.tasks import work_of
 from aftermax.lab.work import Run
 
+from .lab_work import latest_results
 from .test_report import Links, assert_drawn, without
 
 TINY = HashHopWork(
@@ -198,8 +199,7 @@ def out(hashhop_comparison):
 
 @pytest.fixture(scope="module")
 def results(out) -> Results:
-    with Store(out / "store.sqlite") as store:
-        return Results.of_store(store, store.latest_work())
+    return latest_results(out)
 
 
 def test_compare_says_what_it_did(hashhop_comparison, results):

@@ -30,7 +30,7 @@ from aftermax.lab.tasks import work_of
 from aftermax.lab.train import train
 from aftermax.lab.work import Run
 
-from .lab_work import open_store, write_texts
+from .lab_work import latest_results, open_store, write_texts
 from .test_report import assert_drawn, without
 
 TINY = OutliersWork(
@@ -422,8 +422,7 @@ def test_an_encoder_learns_what_is_masked(corpus):
 
 @pytest.fixture(scope="module")
 def results(outlier_comparison) -> Results:
-    with Store(outlier_comparison[0] / "store.sqlite") as store:
-        return Results.of_store(store, store.latest_work())
+    return latest_results(outlier_comparison[0])
 
 
 def test_compare_says_what_it_read_what_it_took_and_what_came_out(outlier_comparison, results):

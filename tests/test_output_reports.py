@@ -15,6 +15,7 @@ from aftermax.lab.results import Results
 from aftermax.lab.store import Store
 from aftermax.lab.words_work import WordsWork
 
+from .lab_work import latest_results
 from .test_report import Links, assert_drawn, assert_shown_in_a_browser, without
 
 PAGES = {"labels": labels_page.PAGE, "words": words_page.PAGE}
@@ -27,8 +28,7 @@ def out(output_comparison):
 
 @pytest.fixture(scope="module")
 def results(out) -> Results:
-    with Store(out / "store.sqlite") as store:
-        return Results.of_store(store, store.latest_work())
+    return latest_results(out)
 
 
 def test_compare_says_what_it_read_what_it_took_and_what_came_out(output_comparison, results):

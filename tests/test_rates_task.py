@@ -24,7 +24,7 @@ from aftermax.lab.store import Store
 from aftermax.lab.tasks import work_of
 from aftermax.lab.work import Run
 
-from .lab_work import open_store
+from .lab_work import latest_results, open_store
 from .test_report import Links, assert_drawn, without
 
 TINY = RatesWork(
@@ -306,8 +306,7 @@ def out(rates_comparison):
 
 @pytest.fixture(scope="module")
 def results(out) -> Results:
-    with Store(out / "store.sqlite") as store:
-        return Results.of_store(store, store.latest_work())
+    return latest_results(out)
 
 
 def test_compare_says_what_it_did_and_measures_no_cost(rates_comparison, results):

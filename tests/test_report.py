@@ -15,8 +15,9 @@ from PIL import Image
 from aftermax.lab import plots
 from aftermax.lab.report import tables, terminal_table, write_report
 from aftermax.lab.results import Results
-from aftermax.lab.store import Store
 from aftermax.lab.text_page import CAPTIONS
+
+from .lab_work import latest_results
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = (
@@ -42,8 +43,7 @@ def page(out) -> str:
 
 @pytest.fixture(scope="module")
 def results(out) -> Results:
-    with Store(out / "store.sqlite") as store:
-        return Results.of_store(store, store.latest_work())
+    return latest_results(out)
 
 
 def without(results: Results, dropped) -> Results:

@@ -14,6 +14,7 @@ from aftermax.lab.store import Store
 from aftermax.lab.vision_page import CAPTIONS
 from aftermax.lab.vision_work import VisionWork
 
+from .lab_work import latest_results
 from .test_report import Links, assert_drawn, assert_shown_in_a_browser, without
 
 NEVER_SEEN = "Images never seen (the test split)"
@@ -31,8 +32,7 @@ def page(out) -> str:
 
 @pytest.fixture(scope="module")
 def results(out) -> Results:
-    with Store(out / "store.sqlite") as store:
-        return Results.of_store(store, store.latest_work())
+    return latest_results(out)
 
 
 def test_compare_says_what_it_read_what_it_took_and_what_came_out(image_comparison, results):

@@ -9,17 +9,14 @@ chain at one length and not at another loses it among more of them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aftermax.lab.data.folder import write_once
+from aftermax.lab.data.drawn import Drawn, keep, opened
 from aftermax.lab.data.hashhop import token_problems
 from aftermax.lab.hashhop_work import HashHopWork
 from aftermax.lab.measure import TOKENS_AT_ONCE, cache_rows
@@ -34,26 +31,13 @@ MEMORY_BATCH = 16
 """Problems of the step whose memory is measured."""
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """There is nothing to prepare but a name for what the generator draws."""
-
-    folder: Path
-    name: str
-    digest: str
-
-
 def prepare(work: HashHopWork, out: Path) -> Drawn:
-    """The digest is of some problems: another generator, or other random numbers, is other data."""
     some = [problems(work, hops, 2, 4, torch.Generator().manual_seed(0))[0] for hops in work.hops]
-    digest = hashlib.sha256(json.dumps([x.tolist() for x in some]).encode()).hexdigest()[:12]
-    folder = out / digest
-    write_once(folder, lambda new: (new / "meta.json").write_text(json.dumps({"digest": digest})))
-    return open_data(folder)
+    return keep(out, NAME, [x.tolist() for x in some])
 
 
 def open_data(folder: Path) -> Drawn:
-    return Drawn(folder, NAME, json.loads((folder / "meta.json").read_text())["digest"])
+    return opened(folder, NAME)
 
 
 def about(drawn: Drawn) -> dict:

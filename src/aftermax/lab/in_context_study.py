@@ -38,6 +38,7 @@ from aftermax.lab.in_context import (
     measure,
     model_of,
 )
+from aftermax.lab.jobs import Job
 from aftermax.lab.results import Spread, spread
 from aftermax.lab.verdicts import paired
 
@@ -116,16 +117,6 @@ of "unscaled" and can be joined with it."""
 
 
 # ---- one run -------------------------------------------------------------------------------------
-
-
-class Job(NamedTuple):
-    """What distinguishes a run from the others of its setting."""
-
-    kind: str
-    """"search" or "seed"."""
-    arm: str
-    rate: float
-    seed: int
 
 
 class Look(NamedTuple):

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftermax.lab.data.needle import Needles, Problems
+from aftermax.lab.jobs import Job
 from aftermax.lab.models import Branch, SwiGLU
 from aftermax.lab.results import Spread, spread
 from aftermax.lab.verdicts import paired
@@ -182,16 +183,6 @@ class Model(nn.Module):
 
 
 # ---- one run -----------------------------------------------------------------------------------
-
-
-class Job(NamedTuple):
-    """What distinguishes a run from the others of its setting."""
-
-    kind: str
-    """"search" or "seed"."""
-    arm: str
-    rate: float
-    seed: int
 
 
 class Look(NamedTuple):

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aftermax.lab.data.folder import write_once
+from aftermax.lab.data.drawn import Drawn, keep, opened
 from aftermax.lab.rates_fit import fit
 from aftermax.lab.rates_losses import (
     Minimisers,
@@ -49,16 +48,6 @@ EXPERT_METRIC = 0.01
 """Of the score's numbers where the nearest minimiser is asked for by its experts."""
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """There is nothing to prepare but a name for what the generator draws. The folder keeps the
-    minimisers of each system once a run has searched for them."""
-
-    folder: Path
-    name: str
-    digest: str
-
-
 class Samples(NamedTuple):
     x: Tensor
     """(n, dim), uniform in [-1, 1]."""
@@ -67,17 +56,13 @@ class Samples(NamedTuple):
 
 
 def prepare(work: RatesWork, out: Path) -> Drawn:
-    """The digest is of some samples: another generator, or other random numbers, is other data."""
+    """The folder keeps the minimisers of each system too, once a run has searched for them."""
     some = samples(work, 0, 4)
-    told = json.dumps([some.x.tolist(), some.noise.tolist(), work.dim])
-    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
-    folder = out / digest
-    write_once(folder, lambda new: (new / "meta.json").write_text(json.dumps({"digest": digest})))
-    return open_data(folder)
+    return keep(out, NAME, [some.x.tolist(), some.noise.tolist(), work.dim])
 
 
 def open_data(folder: Path) -> Drawn:
-    return Drawn(folder, NAME, json.loads((folder / "meta.json").read_text())["digest"])
+    return opened(folder, NAME)
 
 
 def about(drawn: Drawn) -> dict:

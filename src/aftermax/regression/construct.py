@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from aftermax.attention import attention
+from aftermax.regression.blocks import SoftmaxBlock
 from aftermax.regression.bounds import _matrix
 
 
@@ -169,9 +170,7 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, beta: float, heads: int) -
 
 def _residual(A: Tensor, b: Tensor, x: Tensor) -> Tensor:
     """J (f - b), the gradient of the loss by Ax."""
-    f = _product(A, x).softmax(-1)
-    c = f - b
-    return f * (c - (f * c).sum(-1, keepdim=True))
+    return SoftmaxBlock(_product(A, x), b).slope
 
 
 def _product(A: Tensor, x: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ follows the ratio of what was gained to what the quadratic had promised (Marquar
 Neither model says anything of a logit that moves by more than a few units: where a step moves two
 logits of a row further apart than a range, it is cut to the range. That is 2 at first and grows
 by a quarter after each cut step that gains what it promised. Without it a path may enter places
-where f is nearly one-hot, and creep: on data of docs/regression.md with n = 50, d = 40 that took
-up to 250 steps, where it takes 16 now.
+where f is nearly one-hot, and creep.
 """
 
 from __future__ import annotations
