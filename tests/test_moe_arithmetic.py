@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal, getcontext
 from fractions import Fraction
+from hashlib import sha256
 
 import pytest
 import torch
@@ -25,6 +26,10 @@ from aftermax.moe import (
     table_gelu,
 )
 from aftermax.moe.fixedpoint import exp
+
+RELEASED_TABLE = "a76d51f652a5e04302508bf8cc4f7a61df0aead0f3f2e782797de5481c8a585c"
+"""SHA-256 of the 177 entries of src/gelu.cpp in the released sources (sharc-lab/Edge-MoE, commit
+984b23bd), as integers over 2^22 with commas between them."""
 
 FORMS = st.builds(Fixed, st.integers(2, 32), st.integers(-3, 16), st.booleans())
 
@@ -202,6 +207,11 @@ def test_the_table_is_rounded_to_the_nearest():
         u = place / 32
         exact = Decimal(float(gelu_delta(torch.tensor(u, dtype=torch.float64)))) * 2**22
         assert abs(Decimal(float(table[place]) * 2**22) - exact) <= Decimal("0.5")
+
+
+def test_the_table_is_the_released_one():
+    raw = (gelu_table() * 2**22).long().tolist()
+    assert sha256(",".join(map(str, raw)).encode()).hexdigest() == RELEASED_TABLE
 
 
 @pytest.mark.parametrize("step", [1 / 4, 1 / 32, 1 / 128])
