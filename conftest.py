@@ -1,5 +1,5 @@
-"""The code of the README, and of the pages on serving, on Hugging Face, on RecurFormer, on LongVQ
-and on softmax regression, runs as a test."""
+"""The code of the README, and of the pages on serving, on Hugging Face, on RecurFormer, on LongVQ,
+on softmax regression and on experts, runs as a test."""
 
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -35,6 +35,7 @@ pytest_collect_file = Sybil(
         "docs/recurformer.md",
         "docs/regression.md",
         "docs/regression_theory.md",
+        "docs/experts.md",
         "docs/huggingface.md",
         "docs/huggingface_examples.md",
     ],

@@ -8,6 +8,8 @@
     python benchmarks/attention.py --save docs/results/attention.json
     python benchmarks/closeness.py --save docs/results/closeness.json
     python benchmarks/curvature.py --save docs/results/curvature.json
+    python benchmarks/experts.py --save docs/results/experts_speed.json
+    python benchmarks/fixed_point.py --save docs/results/fixed_point.json
     python benchmarks/linear.py --save docs/results/linear.json
     python benchmarks/longvq.py --save docs/results/longvq.json
     python benchmarks/mqar.py --save docs/results/mqar.json
@@ -44,6 +46,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import closeness_results
+import experts_results
 import hf_results
 import in_context_results
 import kernel_results
@@ -98,6 +101,7 @@ PAGES = (
     DOCS / "regression_theory.md",
     DOCS / "rates.md",
     DOCS / "in_context.md",
+    DOCS / "experts.md",
 )
 
 
@@ -209,6 +213,24 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "closeness-search": measured(closeness_results.CLOSENESS, closeness_results.search),
     "closeness-machine": machine_of(closeness_results.CLOSENESS),
     "curvature-proof": measured(closeness_results.CURVATURE, closeness_results.proof),
+    **{
+        f"experts-{name}": measured(experts_results.SPEED, block)
+        for name, block in {
+            "summary": experts_results.experts_summary,
+            "speed": experts_results.experts_speed,
+            "lengths": experts_results.experts_lengths,
+            "bytes": experts_results.experts_bytes,
+            "machine": lambda: kernel_results.machine(experts_results.SPEED),
+        }.items()
+    },
+    **{
+        f"fixed-{name}": measured(experts_results.FIXED_POINT, block)
+        for name, block in {
+            "gelu": experts_results.gelu_table,
+            "softmax": experts_results.fixed_softmax,
+            "equal": experts_results.equal_scores,
+        }.items()
+    },
     "linear-targets": measured(linear_results.LINEAR, linear_results.linear_targets),
     "linear-exponents": measured(linear_results.LINEAR, linear_results.linear_exponents),
     "linear-crossing": measured(linear_results.LINEAR, linear_results.linear_crossing),
