@@ -11,7 +11,7 @@ LIBRARY := $(KERNELS)/libaftermax.so
 DOOR := $(wildcard tests/test_hf*.py)
 NATIVE := CMakeLists.txt $(wildcard $(KERNELS)/cpu/*)
 
-.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-closeness bench-in-context bench-linear bench-longvq bench-mqar bench-needle bench-output bench-recurformer bench-regression bench-sparsek bench-hf bench-trees docs figures clean
+.PHONY: demo test test-all test-sanitize check kernels wheel bench bench-rows bench-attention bench-closeness bench-experts bench-hardware bench-in-context bench-linear bench-longvq bench-mqar bench-needle bench-output bench-recurformer bench-regression bench-sparsek bench-hf bench-trees docs figures clean
 
 demo: .venv/lab.done      ## train six systems for some minutes, print the table, write the report
 	$(BIN)/aftermax compare quick
@@ -57,6 +57,13 @@ bench-attention: .venv/lab.done kernels  ## attention on the kernels against tor
 bench-closeness: .venv/lab.done  ## the theory of softmax regression: its proof by computer, slopes, bounds
 	$(BIN)/python benchmarks/curvature.py
 	$(BIN)/python benchmarks/closeness.py
+
+bench-experts: .venv/lab.done kernels  ## a layer of experts against other walks, and what Edge-MoE's numbers cost
+	$(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/fixed_point.py
+
+bench-hardware: .venv/lab.done .venv/hdl.done  ## the units as hardware: simulated bit for bit, cells counted by yosys
+	$(BIN)/python benchmarks/hardware.py
 
 bench-in-context: .venv/lab.done kernels  ## layers trained on regressions in context against gradient steps: an hour of one core
 	$(BIN)/python benchmarks/in_context.py
