@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from aftermax import reference
-from aftermax.kernels import attention_ops, linear_ops, selection_ops
+from aftermax.kernels import attention_ops, expert_ops, linear_ops, selection_ops
 
 functorch: Any = torch._C.__dict__["_functorch"]  # which its stubs leave out
 
@@ -327,5 +327,5 @@ TABLE = {
         _fake_linear_gradients,
     ),
 }
-for family in (attention_ops, linear_ops, selection_ops):
+for family in (attention_ops, expert_ops, linear_ops, selection_ops):
     TABLE |= {name: Op(*fields) for name, fields in family.schemas().items()}

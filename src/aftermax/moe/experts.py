@@ -27,9 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
+from aftermax.kernels import expert_ops
 from aftermax.moe.routing import Routing, TaskRouter
+from aftermax.rows import PLAIN_IMPLS, use_kernels
 
 Order = Literal["expert", "token", "dense"]
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 # ---- queues --------------------------------------------------------------------------------------
 
@@ -92,6 +96,23 @@ def _sorted(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs token * k + choice by expert and token, which of them are kept, how many of each
     expert are: of shapes that do not hang on the values."""
+    _check_dispatch(index, experts, capacity, factor)
+    of, order = index.flatten().long().sort(stable=True)
+    bounds = torch.searchsorted(of, torch.arange(experts + 1, device=of.device))
+    kept, counts = of >= 0, bounds.diff()
+    limit = capacity
+    if factor is not None:
+        limit = (counts.sum().double() * factor / experts).ceil().long()
+    if limit is not None:
+        place = torch.arange(len(of), device=of.device) - bounds[of.clamp_min(0)]
+        kept = kept & (place < limit)
+        counts = counts.clamp_max(limit)
+    return order, kept, counts
+
+
+def _check_dispatch(
+    index: Tensor, experts: int, capacity: int | None, factor: float | None
+) -> None:
     if index.ndim != 2 or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(
             f"index must be integers (tokens, k), got {index.dtype} of shape {tuple(index.shape)}"
@@ -106,17 +127,6 @@ def _sorted(
     for name, number in {"capacity": capacity, "capacity_factor": factor}.items():
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{name} must be above 0, got {number}")
-    of, order = index.flatten().long().sort(stable=True)
-    bounds = torch.searchsorted(of, torch.arange(experts + 1, device=of.device))
-    kept, counts = of >= 0, bounds.diff()
-    limit = capacity
-    if factor is not None:
-        limit = (counts.sum().double() * factor / experts).ceil().long()
-    if limit is not None:
-        place = torch.arange(len(of), device=of.device) - bounds[of.clamp_min(0)]
-        kept = kept & (place < limit)
-        counts = counts.clamp_max(limit)
-    return order, kept, counts
 
 
 def _of_pairs(order: Tensor, kept: Tensor, index: Tensor) -> Tensor:
@@ -138,6 +148,7 @@ def expert_layer(
     order: Order = "expert",
     capacity: int | None = None,
     capacity_factor: float | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """out = sum of weight * (W2 act(W1 x + b1) + b2) over the chosen experts of each token.
 
@@ -150,13 +161,19 @@ def expert_layer(
         order: "expert" walks over queues, "token" over (token, choice), "dense" over all experts
             with all tokens; the numbers are the same.
         capacity, capacity_factor: as in `dispatch`. With either, a token hangs on earlier ones.
+        impl: "reference" (plain torch), or "cpu": the compiled kernel, for the order "expert" and
+            the exact gelu, in float32 and bfloat16. None picks the kernel where it can. It gathers,
+            multiplies, applies gelu and adds up without a copy of the queues, and its result does
+            not depend on the number of threads.
 
     Returns:
         like x. A token without an expert (padding, or dropped) is 0, and what x holds there never
-        matters. Half precision is computed in float32 and rounded once.
+        matters. Half precision is computed in float32 and rounded once; but the kernel in bfloat16
+        rounds the hidden vectors too, and under autocast to bfloat16 it runs in that.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for shapes, experts, an order or an impl that do not fit.
+        RuntimeError: for `impl="cpu"` where the kernel cannot do what is asked.
 
     >>> x, router = torch.randn(5, 8), TaskRouter(8, experts=4)
     >>> w1, w2 = torch.randn(4, 16, 8), torch.randn(4, 8, 16)
@@ -170,6 +187,11 @@ def expert_layer(
     flat = x.reshape(-1, x.shape[-1])
     index = routing.index.reshape(-1, routing.top_k)
     weights = routing.weights.reshape(index.shape).to(wide)
+    tensors = (flat, weights, w1, b1, w2, b2)
+    if _takes_kernel(impl, tensors, activation, order):
+        _check_dispatch(index, len(w1), capacity, capacity_factor)
+        out = _on_kernel(index, *tensors, capacity, capacity_factor)
+        return out.to(x.dtype).reshape(x.shape)
     # one node each: a select for every expert would have a gradient of the size of all
     up, down = w1.unbind(0), w2.unbind(0)
     biases = [None if b is None else b.unbind(0) for b in (b1, b2)]
@@ -196,6 +218,64 @@ def expert_layer(
             y = through(expert, flat[token])
             out.index_add_(0, token, weights[token, choice].unsqueeze(-1) * y)
     return out.to(x.dtype).reshape(x.shape)
+
+
+def _takes_kernel(
+    impl: str | None,
+    tensors: tuple[Tensor | None, ...],
+    activation: Callable[[Tensor], Tensor],
+    order: Order,
+) -> bool:
+    """Whether `impl` means the kernel; raises where it is asked for and cannot be had."""
+    given = [t for t in tensors if t is not None]
+    refusal = _refusal(given, activation, order)
+    if impl == "cpu" and refusal is not None:
+        raise RuntimeError(f"expert_layer: impl='cpu', but {refusal}")
+    return use_kernels("expert_layer", impl, PLAIN_IMPLS, *given) and refusal is None
+
+
+def _refusal(
+    tensors: list[Tensor], activation: Callable[[Tensor], Tensor], order: Order
+) -> str | None:
+    x, weights, w1, *_ = tensors
+    exact = activation is gelu or (
+        isinstance(activation, nn.GELU) and activation.approximate == "none"
+    )
+    if not exact:
+        return f"the kernel has the exact gelu, not {activation!r}"
+    if order != "expert":
+        return f"the kernel walks in the order 'expert', not {order!r}"
+    if x.dtype not in _KERNEL_DTYPES:
+        return f"the kernel takes float32 and bfloat16, not {x.dtype}"
+    others = [t.dtype for t in tensors if t is not weights and t.dtype != x.dtype]
+    if others:
+        return f"x is {x.dtype} and a weight {others[0]}; they must agree"
+    if 0 in (weights.shape[-1], *w1.shape):
+        return f"there is nothing to multiply (w1 {tuple(w1.shape)}, k = {weights.shape[-1]})"
+    if _autocasts(x) and torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return f"autocast asks for {torch.get_autocast_dtype('cpu')}"
+    return None
+
+
+def _autocasts(x: Tensor) -> bool:
+    return x.is_cpu and torch.is_autocast_enabled("cpu")
+
+
+def _on_kernel(
+    index: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    capacity: int | None,
+    capacity_factor: float | None,
+) -> Tensor:
+    if _autocasts(x):
+        x, w1, w2 = (t.to(torch.bfloat16) for t in (x, w1, w2))
+        b1, b2 = (None if b is None else b.to(torch.bfloat16) for b in (b1, b2))
+    return expert_ops.experts(x, index.long(), weights, w1, b1, w2, b2, capacity, capacity_factor)
 
 
 def _by_expert(queues: Queues) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -260,7 +340,8 @@ class Experts(nn.Module):
         top_k, tasks, renormalise: of the router.
         activation: elementwise; the exact gelu, or `table_gelu`.
         bias: of both matrices.
-        order, capacity, capacity_factor: as in `expert_layer`. Dropless by default, as Edge-MoE.
+        order, capacity, capacity_factor, impl: as in `expert_layer`. Dropless by default, as
+            Edge-MoE.
 
     `w1` (E, H, D), `b1` (E, H), `w2` (E, D, H), `b2` (E, D) begin as `nn.Linear` does, each expert
     for itself. A call keeps nothing: what the losses need is returned when it is asked for.
@@ -288,6 +369,7 @@ class Experts(nn.Module):
         order: Order = "expert",
         capacity: int | None = None,
         capacity_factor: float | None = None,
+        impl: str | None = None,
         device=None,
         dtype=None,
     ):
@@ -300,6 +382,7 @@ class Experts(nn.Module):
         self.activation = activation
         self.order: Order = order
         self.capacity, self.capacity_factor = capacity, capacity_factor
+        self.impl = impl
         self.w1 = nn.Parameter(torch.empty(experts, hidden, width, **factory))
         self.w2 = nn.Parameter(torch.empty(experts, width, hidden, **factory))
         self.b1 = nn.Parameter(torch.empty(experts, hidden, **factory)) if bias else None
@@ -338,6 +421,7 @@ class Experts(nn.Module):
             self.order,
             self.capacity,
             self.capacity_factor,
+            self.impl,
         )
         return (out, routing) if return_routing else out
 

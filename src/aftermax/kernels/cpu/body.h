@@ -6,6 +6,7 @@
 #include "attention_backward.h"
 #include "core.h"
 #include "cross_entropy.h"
+#include "experts.h"
 #include "linear_cross_entropy.h"
 #include "linear_walk.h"
 #include "softmax.h"
@@ -96,6 +97,7 @@ const am_body_table body = {
     linear_walk_backward,
     multiply_adds,
     multiply_pairs,
+    experts,
 };
 
 }  // namespace AM_ISA

@@ -278,6 +278,23 @@ int am_run_thresholds(const am_thresholds*, am_parallel);
 int am_run_thresholds_backward(const am_thresholds_backward*);
 int am_run_spans(const am_spans*);
 
+// ---- experts -----------------------------------------------------------------------------------
+
+// out = sum over a token's choices of weight (W2 gelu(W1 x + b1) + b2), float32 or bfloat16. x (tokens, width), W1 (experts,
+// hidden, width), W2 (experts, width, hidden), their rows whole and the steps in elements.
+typedef struct {
+  int64_t tokens, width, hidden, experts, choices;
+  am_dtype dtype;
+  const void *x, *w1, *b1, *w2, *b2;  // b1 (experts, hidden) and b2 (experts, width) may be null
+  int64_t x_step, w1_step[2], w2_step[2];  // from one expert, and from one row to the next
+  const int64_t* index;  // (tokens, choices): an expert, or -1 for none
+  const float* weights;  // the same
+  int64_t capacity;        // the most tokens that an expert takes; 0: as many as come
+  double capacity_factor;  // the same as a multiple of choices / experts, rounded up; 0: none
+  void* out;     // (tokens, width)
+  float* saved;  // W1 x + b1 in the order of experts, up to tokens * choices rows; may be null
+} am_experts;
+
 // Returns 0, or 1 where scratch memory could not be had (then the result is worth nothing).
 typedef struct {
   const char* name;
@@ -302,6 +319,7 @@ typedef struct {
   // added up, and returns their number of operations (0 where there are no such multipliers)
   int64_t (*multiply_adds)(int64_t rounds);
   int64_t (*multiply_pairs)(int64_t rounds);
+  int (*experts)(const am_experts*, am_parallel);
 } am_body_table;
 
 #if defined(__GNUC__)

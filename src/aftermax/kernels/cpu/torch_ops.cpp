@@ -894,6 +894,76 @@ void spans(Value* stack, uint64_t, uint64_t) {
   stack[0] = out.release();
 }
 
+// ---- experts -----------------------------------------------------------------------------------
+
+// (x, index, weights, w1, b1, w2, b2, capacity, capacity_factor), biases with 0 elements where there are none.
+struct Experts {
+  static constexpr int TENSORS = 7;
+
+  explicit Experts(const Value* stack)
+      : x(stack[0]), index(stack[1]), weights(stack[2]), w1(stack[3]), b1(stack[4]), w2(stack[5]), b2(stack[6]) {
+    memset(&a, 0, sizeof a);
+    if (x.dim != 2 || index.dim != 2 || w1.dim != 3 || w2.dim != 3) fail("experts: x, index, w1 and w2 have 2, 2, 3 and 3 dims");
+    a.dtype = dtype_of(x);
+    if (a.dtype == AM_FLOAT16) fail("experts: the kernel takes float32 and bfloat16");
+    a.tokens = x.sizes[0];
+    a.width = x.sizes[1];
+    a.choices = index.sizes[1];
+    a.experts = w1.sizes[0];
+    a.hidden = w1.sizes[1];
+    if (a.width == 0 || a.hidden == 0 || a.choices == 0 || a.experts == 0) fail("experts: nothing to multiply");
+    if (w1.sizes[2] != a.width || w2.sizes[0] != a.experts || w2.sizes[1] != a.width || w2.sizes[2] != a.hidden ||
+        !w1.is(x.dtype) || !w2.is(x.dtype))
+      fail("experts: w1 and w2 do not fit x or each other");
+    for (const Tensor* t : {&x, &w1, &w2})
+      if (t->sizes[t->dim - 1] > 1 && t->strides[t->dim - 1] != 1) fail("experts: rows must be whole");
+    if (index.sizes[0] != a.tokens || !index.contiguous() || !index.is(torch.aoti_torch_dtype_int64()) ||
+        weights.count != index.count || !weights.contiguous() || !weights.is(torch.aoti_torch_dtype_float32()))
+      fail("experts: index must be int64 and weights float32, (tokens, choices), contiguous");
+    a.x = x.data;
+    a.w1 = w1.data;
+    a.w2 = w2.data;
+    a.b1 = bias_of(b1, a.hidden);
+    a.b2 = bias_of(b2, a.width);
+    a.x_step = x.strides[0];
+    a.w1_step[0] = w1.strides[0];
+    a.w1_step[1] = w1.strides[1];
+    a.w2_step[0] = w2.strides[0];
+    a.w2_step[1] = w2.strides[1];
+    a.index = (const int64_t*)index.data;
+    a.weights = (const float*)weights.data;
+    a.capacity = integer(stack[TENSORS]);
+    a.capacity_factor = real(stack[TENSORS + 1]);
+    for (int64_t i = 0; i < index.count; ++i)
+      if (a.index[i] < -1 || a.index[i] >= a.experts)
+        fail("experts: index " + std::to_string(a.index[i]) + ", where there are " + std::to_string(a.experts) + " experts");
+  }
+  const void* bias_of(const Tensor& b, int64_t rows) const {
+    if (b.count == 0) return nullptr;
+    if (b.count != a.experts * rows || !b.contiguous() || !b.is(x.dtype)) fail("experts: a bias does not fit its weight");
+    return b.data;
+  }
+
+  Tensor x, index, weights, w1, b1, w2, b2;
+  am_experts a;
+};
+
+// (tensors..., capacity, capacity_factor) -> out, and what the backward pass needs
+template <bool ForBackward>
+void experts(Value* stack, uint64_t, uint64_t) {
+  Experts of(stack);
+  am_experts& a = of.a;
+  const int64_t sizes[] = {a.tokens, a.width}, saved_sizes[] = {a.tokens * a.choices, a.hidden}, none = 0;
+  Tensor out = empty(2, sizes, of.x.dtype);
+  int32_t floats = torch.aoti_torch_dtype_float32();
+  Tensor saved = ForBackward ? empty(2, saved_sizes, floats) : empty(1, &none, floats);
+  a.out = out.data;
+  a.saved = ForBackward ? (float*)saved.data : nullptr;
+  ran(am_body()->experts(&a, threads()));
+  stack[0] = out.release();
+  if (ForBackward) stack[1] = saved.release();
+}
+
 struct Op {
   const char* name;
   Boxed run;
@@ -921,6 +991,8 @@ const Op ops[] = {
     {"thresholds", thresholds},
     {"thresholds_backward", thresholds_backward},
     {"spans", spans},
+    {"experts", experts<true>},
+    {"experts_forward", experts<false>},
 };
 
 #if defined(__APPLE__)

@@ -1,0 +1,224 @@
+// Experts, expert by expert: out = sum over a token's choices of weight (W2 gelu(W1 x + b1) + b2).
+//
+// The tokens of an expert are its queue; tokens and their hidden vectors are rows as they come, and so are the rows of
+// the weights: a product of both is W sums along the rows at once, which are added up across their lanes at the end. Nothing
+// is packed, no queue is filled up to a multiple of W, and a weight is read from memory once, while the next is asked for.
+// A token's choices are added up in their order: the result does not depend on the threads.
+#pragma once
+#include <math.h>
+
+#include "functions.h"
+#include "tasks.h"
+
+namespace AM_ISA {
+
+// Rows of a weight that a task takes, and rows and tokens that are multiplied at a time: W sums.
+constexpr int64_t ROW_BLOCK = 32;
+constexpr int DOT_ROWS = 4, DOT_TOKENS = W / DOT_ROWS;
+// Tokens that a block of rows meets before it goes on to its next rows: as many as stay in the second cache beside it.
+constexpr int64_t MOST_TOKENS = 128, TOKEN_BYTES = 1 << 18;
+
+// The tokens of each expert, one queue after another, in the order of the tokens.
+struct Queues {
+  int64_t pairs = 0;
+  int64_t* offsets = nullptr;  // (experts + 1)
+  int64_t* pair = nullptr;     // token * choices + choice, of each place
+  int64_t* place = nullptr;    // of each pair, or -1
+  int64_t choices = 1;
+
+  ~Queues() { free(offsets); }
+  bool make(const am_experts& a) {
+    int64_t all = a.tokens * a.choices, chosen = 0, limit = all;
+    offsets = (int64_t*)malloc(sizeof(int64_t) * (size_t)(2 * (a.experts + 1) + 2 * all));
+    if (!offsets) return false;
+    int64_t* next = offsets + a.experts + 1;
+    pair = next + a.experts + 1;
+    place = pair + all;
+    choices = a.choices;
+    memset(next, 0, sizeof(int64_t) * (size_t)(a.experts + 1));
+    for (int64_t i = 0; i < all; ++i)
+      if (a.index[i] >= 0) ++next[a.index[i]], ++chosen;
+    if (a.capacity > 0) limit = a.capacity;
+    if (a.capacity_factor > 0) limit = (int64_t)least_of(ceil((double)chosen * a.capacity_factor / (double)a.experts), (double)all);
+    for (int64_t e = 0; e < a.experts; ++e) {
+      int64_t many = least(next[e], limit);
+      offsets[e] = next[e] = pairs;
+      pairs += many;
+    }
+    offsets[a.experts] = pairs;
+    for (int64_t i = 0; i < all; ++i) {
+      int64_t e = a.index[i];
+      place[i] = e >= 0 && next[e] < offsets[e + 1] ? next[e]++ : -1;
+      if (place[i] >= 0) pair[place[i]] = i;
+    }
+    return true;
+  }
+  int64_t token(int64_t at) const { return pair[at] / choices; }
+  static double least_of(double a, double b) { return a < b ? a : b; }
+};
+
+// How rows are read along: a vector of words at a time.
+template <class Words, class T>
+struct Along {
+  static constexpr int64_t STEP = W;
+  static inline F whole(const T* p) { return load(p); }
+  static inline F part(const T* p, int64_t n) { return load_part(p, (int)n, 0); }
+};
+#if defined(AM_PAIRS)
+template <>
+struct Along<Pairs, bf16> {
+  static constexpr int64_t STEP = 2 * W;
+  static inline F whole(const bf16* p) { return load((const float*)p); }
+  static inline F part(const bf16* p, int64_t n) {
+    float words[W] = {};
+    memcpy(words, p, (size_t)n * sizeof(bf16));
+    return load(words);
+  }
+};
+#endif
+
+// What is asked for while something else is multiplied: `count` rows, `step` bytes apart.
+struct Ahead {
+  const char* from;
+  int64_t step;
+  int count;
+};
+
+// out(token, row) of DOT_ROWS rows and TOKENS <= DOT_TOKENS tokens; out's rows are ROW_BLOCK apart.
+template <class Words, class T, int TOKENS>
+static inline void dot_tile(const T* const* w, const T* const* x, int64_t depth, Ahead ahead, float* out) {
+  using Row = Along<Words, T>;
+  F sum[W];
+  for (F& s : sum) s = set1(0);
+  const T *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+  int64_t k = 0;
+  for (; k + Row::STEP <= depth; k += Row::STEP) {
+    for (int i = 0; i < ahead.count; ++i) prefetch_l2(ahead.from + i * ahead.step + k * (int64_t)sizeof(T));
+    F a = Row::whole(w0 + k), b = Row::whole(w1 + k), c = Row::whole(w2 + k), d = Row::whole(w3 + k);
+    for (int t = 0; t < TOKENS; ++t) {
+      F v = Row::whole(x[t] + k);
+      sum[t * 4] = Words::add_product(a, v, sum[t * 4]);
+      sum[t * 4 + 1] = Words::add_product(b, v, sum[t * 4 + 1]);
+      sum[t * 4 + 2] = Words::add_product(c, v, sum[t * 4 + 2]);
+      sum[t * 4 + 3] = Words::add_product(d, v, sum[t * 4 + 3]);
+    }
+  }
+  if (k < depth) {
+    int64_t rest = depth - k;
+    F a = Row::part(w0 + k, rest), b = Row::part(w1 + k, rest), c = Row::part(w2 + k, rest), d = Row::part(w3 + k, rest);
+    for (int t = 0; t < TOKENS; ++t) {
+      F v = Row::part(x[t] + k, rest);
+      sum[t * 4] = Words::add_product(a, v, sum[t * 4]);
+      sum[t * 4 + 1] = Words::add_product(b, v, sum[t * 4 + 1]);
+      sum[t * 4 + 2] = Words::add_product(c, v, sum[t * 4 + 2]);
+      sum[t * 4 + 3] = Words::add_product(d, v, sum[t * 4 + 3]);
+    }
+  }
+  float lanes[W];
+  store(lanes, sums_by_lane(sum));
+  for (int t = 0; t < TOKENS; ++t) memcpy(out + t * ROW_BLOCK, lanes + t * 4, 16);
+}
+
+// out(token, row), rows ROW_BLOCK apart, of up to ROW_BLOCK rows of w. `follow` rows come behind them in memory.
+template <class Words, class T>
+static void dot_block(const T* w, int64_t w_step, int64_t rows, int64_t follow, const T* const* x, int64_t tokens, int64_t depth,
+                      float* out) {
+  int64_t groups = (tokens + DOT_TOKENS - 1) / DOT_TOKENS, each = (DOT_ROWS + groups - 1) / groups;
+  for (int64_t i = 0; i < rows; i += DOT_ROWS) {
+    const T* row[DOT_ROWS];
+    for (int r = 0; r < DOT_ROWS; ++r) row[r] = w + least(i + r, rows - 1) * w_step;
+    for (int64_t t = 0, next = i + DOT_ROWS; t < tokens; t += DOT_TOKENS, next += each) {
+      int64_t last = least(i + 2 * DOT_ROWS, rows + follow);
+      Ahead ahead = {(const char*)(w + least(next, rows) * w_step), w_step * (int64_t)sizeof(T),
+                     (int)(next < last ? least(each, last - next) : 0)};
+      float* to = out + t * ROW_BLOCK + i;
+      switch (least(tokens - t, DOT_TOKENS)) {
+        case 1: dot_tile<Words, T, 1>(row, x + t, depth, ahead, to); break;
+        case 2: dot_tile<Words, T, DOT_TOKENS < 2 ? DOT_TOKENS : 2>(row, x + t, depth, ahead, to); break;
+        case 3: dot_tile<Words, T, DOT_TOKENS < 3 ? DOT_TOKENS : 3>(row, x + t, depth, ahead, to); break;
+        default: dot_tile<Words, T, DOT_TOKENS>(row, x + t, depth, ahead, to);
+      }
+    }
+  }
+}
+
+// Calls finish(row, rows, first, many, sums) for W_e x + b_e of every expert e: `rows` rows of the weight from `row` on, and
+// the queued tokens [first, first + many).
+template <class Words, class T, class Finish>
+static int each_product(const Queues& q, int64_t experts, const T* w, const int64_t* w_step, const void* bias, int64_t rows,
+                        int64_t depth, const T* const* x, am_parallel with, const Finish& finish) {
+  int64_t blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK, bytes = depth * (int64_t)sizeof(T);
+  int64_t chunk = most(DOT_TOKENS, least(MOST_TOKENS, TOKEN_BYTES / bytes / DOT_TOKENS * DOT_TOKENS));
+  return share(with, experts * blocks, MOST_TOKENS * ROW_BLOCK, [&](int64_t task, float* sums) {
+    int64_t e = task / blocks, row = task % blocks * ROW_BLOCK, many = least(rows - row, ROW_BLOCK);
+    const T* from = w + e * w_step[0] + row * w_step[1];
+    float add[ROW_BLOCK] = {};
+    if (bias)
+      for (int64_t i = 0; i < many; ++i) add[i] = to_float(((const T*)bias)[e * rows + row + i]);
+    for (int64_t first = q.offsets[e]; first < q.offsets[e + 1]; first += chunk) {
+      int64_t tokens = least(chunk, q.offsets[e + 1] - first);
+      dot_block<Words>(from, w_step[1], many, rows - row - many, x + first, tokens, depth, sums);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = 0; i < many; i += W) {
+          int lanes = (int)least(many - i, W);
+          finish(first + t, row + i, lanes, load(sums + t * ROW_BLOCK + i) + load(add + i));
+        }
+    }
+  });
+}
+
+// out of each token from y, a row for each place.
+template <class T>
+static void add_choices(const am_experts& a, const Queues& q, const float* y, int64_t y_step, T* out, const float* weights,
+                        am_parallel with) {
+  parallel(with, a.tokens, grain_of(a.width * a.choices), [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t* place = q.place + token * a.choices;
+      for (int64_t i = 0; i < a.width; i += W) {
+        F sum = set1(0);
+        for (int64_t c = 0; c < a.choices; ++c)
+          if (place[c] >= 0) {
+            F v = load(y + place[c] * y_step + i);
+            sum = weights ? fma(set1(weights[token * a.choices + c]), v, sum) : sum + v;
+          }
+        put(out + token * a.width + i, sum, (int)least(a.width - i, W));
+      }
+    }
+  });
+}
+
+template <class Words, class T>
+static int experts_as(const am_experts* a, am_parallel with) {
+  Queues q;
+  if (!q.make(*a)) return 1;
+  int64_t hidden_step = up_to(a->hidden, 2 * W), y_step = up_to(a->width, W);
+  Scratch hidden(q.pairs * hidden_step), y(q.pairs * y_step), memory(q.pairs * 4);
+  if (!hidden.data || !y.data || !memory.data) return 1;
+  const T **x = (const T**)memory.data, **h = x + q.pairs;
+  for (int64_t p = 0; p < q.pairs; ++p) {
+    x[p] = (const T*)a->x + q.token(p) * a->x_step;
+    h[p] = (const T*)hidden.data + p * hidden_step;
+  }
+  int failed = each_product<Words>(
+      q, a->experts, (const T*)a->w1, a->w1_step, a->b1, a->hidden, a->width, x, with, [&](int64_t p, int64_t i, int lanes, F z) {
+        if (a->saved) put(a->saved + p * a->hidden + i, z, lanes);
+        put((T*)hidden.data + p * hidden_step + i, Gelu(z).value, lanes);
+      });
+  if (failed) return failed;
+  failed = each_product<Words>(q, a->experts, (const T*)a->w2, a->w2_step, a->b2, a->width, a->hidden, h, with,
+                               [&](int64_t p, int64_t i, int, F v) { store(y.data + p * y_step + i, v); });
+  if (failed) return failed;
+  add_choices(*a, q, y.data, y_step, (T*)a->out, a->weights, with);
+  return 0;
+}
+
+static int experts(const am_experts* a, am_parallel with) {
+  if (a->dtype == AM_FLOAT32) return experts_as<Singles, float>(a, with);
+#if defined(AM_PAIRS)
+  return experts_as<Pairs, bf16>(a, with);
+#else
+  return experts_as<Singles, bf16>(a, with);
+#endif
+}
+
+}  // namespace AM_ISA
