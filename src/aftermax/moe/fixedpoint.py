@@ -153,7 +153,7 @@ def exp(raw: Tensor, form: Fixed = ACTIVATION) -> Tensor:
     scaled = torch.ldexp(form.decode(raw).exp(), torch.tensor(form.fraction))
     out = scaled.floor()
     near = (scaled - scaled.round()).abs() < 1e-4  # 2^32 times the rounding of float64, and more
-    near &= raw < 0
+    near &= (raw < 0) & (scaled > 0.5)  # below that it is 0 for sure
     for place in near.nonzero():
         key = tuple(place.tolist())
         out[key] = _exact_exp(int(raw[key]), form.fraction)
@@ -185,8 +185,19 @@ class SinglePass:
     wrapped: Tensor
 
 
+def check_single_pass(form: Fixed) -> None:
+    """Raise ValueError for a format that `single_pass_softmax` cannot compute in."""
+    if not form.signed or not 0 <= 2 * form.fraction <= 62 - GUARD:
+        raise ValueError(
+            f"one pass needs a signed format of 0 to {31 - GUARD // 2} bits of fraction, got {form}"
+        )
+
+
 def single_pass_softmax(
-    scores: Tensor, form: Fixed = ACTIVATION, corrected: bool = False
+    scores: Tensor,
+    form: Fixed = ACTIVATION,
+    corrected: bool = False,
+    visible: Tensor | None = None,
 ) -> SinglePass:
     """Softmax of raw scores over the last dimension in one pass, bit for bit as Edge-MoE's unit.
 
@@ -194,6 +205,8 @@ def single_pass_softmax(
         scores: (..., n) int64, raw values of `form`; n >= 1.
         form: the paper's Q10.22, whose sums wrap from 512 equal scores on.
         corrected: keep the sum, the differences and the reciprocal in as many bits as they take.
+        visible: bool, broadcastable to `scores`; the others never come to the unit and weigh 0. A
+            row of which nothing is visible has weights and a sum of 0, and has not wrapped.
 
     Raises:
         ValueError: for other numbers than those of the format, rows of no scores, and formats or
@@ -209,12 +222,12 @@ def single_pass_softmax(
     form.check(scores)
     if scores.ndim < 1 or scores.shape[-1] == 0:
         raise ValueError(f"a row needs at least one score, got {tuple(scores.shape)}")
-    if not form.signed or not 0 <= 2 * form.fraction <= 62 - GUARD:
-        raise ValueError(
-            f"one pass needs a signed format of 0 to {31 - GUARD // 2} bits of fraction, got {form}"
-        )
+    check_single_pass(form)
     if corrected and scores.shape[-1] >> (63 - 2 * form.fraction):
         raise ValueError(f"a sum of {scores.shape[-1]} scores of {form} does not fit 64 bits")
+    if visible is None:
+        visible = torch.ones((), dtype=torch.bool, device=scores.device)
+    visible = visible.expand(scores.shape)
     one = 1 << form.fraction
     maximum = torch.full_like(scores[..., :1], form.lowest)
     total = torch.zeros_like(maximum)
@@ -223,21 +236,23 @@ def single_pass_softmax(
     def kept(raw: Tensor) -> Tensor:
         return raw if corrected else form.wrap(raw)
 
-    for score in scores.split(1, -1):
+    for score, seen in zip(scores.split(1, -1), visible.split(1, -1), strict=True):
         gap = maximum - score  # in one bit more, so that its sign is right
         higher = gap < 0
         power = _power(kept(-gap.abs()), form)
         new = torch.where(higher, (total * power >> form.fraction) + one, total + power)
         # the first gap is one to the lowest number there is, and multiplies a sum of 0
-        wrapped |= ~form.fits(new) | (~form.fits(-gap.abs()) & (total != 0))
-        total, maximum = kept(new), torch.where(higher, score, maximum)
+        wrapped |= seen & (~form.fits(new) | (~form.fits(-gap.abs()) & (total != 0)))
+        total = torch.where(seen, kept(new), total)
+        maximum = torch.where(seen & higher, score, maximum)
 
-    gaps = scores - maximum
+    gaps = torch.where(visible, scores - maximum, 0)
     guard = GUARD if corrected else 0
     share = (one << form.fraction + guard) // total.masked_fill(total == 0, one)
     wrapped |= ~form.fits(gaps).all(-1, keepdim=True) | (total <= 0) | ~form.fits(share >> guard)
+    wrapped &= visible.any(-1, keepdim=True) & (not corrected)
     weights = _power(kept(gaps), form) * kept(share) >> form.fraction + guard
-    return SinglePass(kept(weights), maximum, total, wrapped & (not corrected))
+    return SinglePass(torch.where(visible, kept(weights), 0), maximum, total, wrapped)
 
 
 def _power(gap: Tensor, form: Fixed) -> Tensor:
