@@ -277,7 +277,7 @@ def measure_lengths(
 
 def _curve_contenders(shape: Shape, console: Console) -> Contenders:
     ways = {"SDPA/softmax": sdpa(shape)["SDPA"]}
-    for entry in (e for e in CATALOGUE if isinstance(e.system, RowMap)):
+    for entry in (e for e in CATALOGUE if isinstance(e.system, RowMap) and e.walk == "dense"):
         ways[f"{OURS}/{entry.name}"] = ours(entry.name, shape)
         if shape.tokens <= EAGER_UP_TO:
             ways[f"eager/{entry.name}"] = eager(entry.name, shape)

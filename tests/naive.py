@@ -7,6 +7,7 @@ and N is simply how many there are. float64 throughout.
 
 from __future__ import annotations
 
+import decimal
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -144,6 +145,35 @@ def relu(row: Row) -> Tensor:
 def relu_over_n(row: Row) -> Tensor:
     """arXiv 2309.08586: relu(s) / n."""
     return torch.relu(row.dot() + row.bias) / row.n
+
+
+def one_pass(row: Row) -> Tensor:
+    """arXiv 1805.02867, algorithm 3."""
+    x = row.dot() + row.bias
+    m, d = x.new_tensor(-math.inf), x.new_tensor(0.0)
+    for j in range(row.n):
+        before, m = m, max(m, x[j])
+        d = d * torch.exp(before - m) + torch.exp(x[j] - m)
+    return torch.exp(x - m) / d
+
+
+def fixed_one_pass(row: Row) -> Tensor:
+    """arXiv 2305.18691 in whole numbers, units of 2^-22; the sum unbounded, 1 / sum in 32 bits."""
+    unit = 2**22
+
+    def exp(units: int) -> int:
+        with decimal.localcontext(prec=50):
+            return math.floor((decimal.Decimal(units) / unit).exp() * unit)
+
+    units = [math.floor(float(s) * unit) for s in row.dot() + row.bias]
+    units = [min(max(s, -512 * unit), 512 * unit - 1) for s in units]
+    m, t = units[0], unit
+    for s in units[1:]:
+        t = t * exp(m - s) // unit + unit if s > m else t + exp(s - m)
+        m = max(m, s)
+    share = 2**10 * unit * unit // t
+    weights = [exp(s - m) * share // (2**10 * unit) for s in units]
+    return torch.tensor(weights, dtype=torch.float64) / unit
 
 
 def vector_quantised(row: Row) -> Tensor:
@@ -385,5 +415,7 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
     "soft": soft(normalised=False),
     "soft-norm": soft(normalised=True),
     "longvq": dense(vector_quantised),
+    "singlepass": dense(one_pass),
+    "singlepass-fixed": dense(fixed_one_pass),
 }
 """Name of the entry -> (query, key, value, visible, *, distance, bias, scale, learned) -> out."""

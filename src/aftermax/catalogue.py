@@ -8,7 +8,7 @@ from aftermax.linear import cosformer, cottention, elu, inline, normalised, tran
 from aftermax.lowrank import soft
 from aftermax.quantised import longvq
 from aftermax.sparse import sparsek
-from aftermax.weights import clipped, rela, sigmoid, softmax, softplus
+from aftermax.weights import clipped, rela, sigmoid, singlepass, softmax, softplus
 
 CATALOGUE: tuple[Entry, ...] = (
     softmax.SOFTMAX,
@@ -39,6 +39,8 @@ CATALOGUE: tuple[Entry, ...] = (
     recurformer.ENTRY,
     soft.ENTRY,
     soft.NORMALISED,
+    singlepass.ONE_PASS,
+    singlepass.FIXED_ONE_PASS,
 )
 
 

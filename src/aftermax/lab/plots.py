@@ -292,7 +292,8 @@ def row_maps() -> Figure:
     key = torch.zeros(1, 1, 16, width, dtype=torch.float64)
     key[..., 0] = 8.0 * cosines
     key[..., 1] = 8.0 * (1 - cosines**2).sqrt()
-    entries = [e for e in CATALOGUE if isinstance(e.system, RowMap) and e.name != "rela-rms"]
+    like_others = ("rela-rms", "singlepass", "singlepass-fixed")
+    entries = [e for e in CATALOGUE if isinstance(e.system, RowMap) and e.name not in like_others]
     figure, axes = plt.subplots(2, (len(entries) + 1) // 2, figsize=(13, 4.6), sharex=True)
     for place, (axis, entry) in enumerate(zip(axes.flat, entries, strict=False)):
         weights = attention_weights(query, key, weights=entry.system)

@@ -8,6 +8,12 @@ from aftermax.weights.clipped import (
 from aftermax.weights.rela import ReLA, ReLUPower, relu_weights, rms_norm_heads
 from aftermax.weights.row_map import RowMap
 from aftermax.weights.sigmoid import Sigmoid, sigmoid_weights
+from aftermax.weights.singlepass import (
+    FixedOnePassSoftmax,
+    OnePassSoftmax,
+    fixed_one_pass_weights,
+    one_pass_weights,
+)
 from aftermax.weights.softmax import (
     CosineSoftmax,
     ScaleInvariantSoftmax,
@@ -24,8 +30,10 @@ __all__ = [
     "LSSAR",
     "ClippedSoftmax",
     "CosineSoftmax",
+    "FixedOnePassSoftmax",
     "LSSARLog",
     "NormalisedClippedSoftmax",
+    "OnePassSoftmax",
     "ReLA",
     "ReLUPower",
     "RowMap",
@@ -35,8 +43,10 @@ __all__ = [
     "SoftmaxOne",
     "SoftmaxSink",
     "clipped_softmax_weights",
+    "fixed_one_pass_weights",
     "lssa_weights",
     "lssar_weights",
+    "one_pass_weights",
     "relu_weights",
     "rms_norm_heads",
     "sigmoid_weights",
