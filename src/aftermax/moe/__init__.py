@@ -1,6 +1,17 @@
 """Edge-MoE: experts gated by task; fixed-point numbers, softmax in one pass, GELU as a table."""
 
 from aftermax.moe.experts import Experts, Queues, dispatch, expert_layer
+from aftermax.moe.fixed_layers import (
+    Tally,
+    fixed_add,
+    fixed_attention,
+    fixed_experts,
+    fixed_gate,
+    fixed_layer_norm,
+    fixed_linear,
+    fixed_patches,
+    fixed_rms_norm,
+)
 from aftermax.moe.fixedpoint import (
     ACTIVATION,
     Fixed,
@@ -27,10 +38,19 @@ __all__ = [
     "Queues",
     "Routing",
     "SinglePass",
+    "Tally",
     "TaskRouter",
     "dispatch",
     "expert_layer",
+    "fixed_add",
+    "fixed_attention",
+    "fixed_experts",
+    "fixed_gate",
     "fixed_gelu",
+    "fixed_layer_norm",
+    "fixed_linear",
+    "fixed_patches",
+    "fixed_rms_norm",
     "gelu_delta",
     "gelu_error",
     "gelu_table",
