@@ -14,13 +14,23 @@ from aftermax.moe.fixed_layers import (
 )
 from aftermax.moe.fixedpoint import (
     ACTIVATION,
+    ExpTables,
     Fixed,
     SinglePass,
     multiply,
     recast,
     single_pass_softmax,
+    table_exp,
+    three_pass_softmax,
 )
-from aftermax.moe.gelu import fixed_gelu, gelu_delta, gelu_error, gelu_table, table_gelu
+from aftermax.moe.gelu import (
+    fixed_gelu,
+    gelu_delta,
+    gelu_error,
+    gelu_table,
+    nearest_gelu,
+    table_gelu,
+)
 from aftermax.moe.routing import (
     Routing,
     TaskRouter,
@@ -33,6 +43,7 @@ from aftermax.moe.routing import (
 
 __all__ = [
     "ACTIVATION",
+    "ExpTables",
     "Experts",
     "Fixed",
     "Queues",
@@ -59,8 +70,11 @@ __all__ = [
     "load_balance",
     "load_loss",
     "multiply",
+    "nearest_gelu",
     "recast",
     "router_z_loss",
     "single_pass_softmax",
+    "table_exp",
     "table_gelu",
+    "three_pass_softmax",
 ]

@@ -126,6 +126,45 @@ def fixed_gelu(
     return x.clamp_min(0) - torch.where(inside, delta, 0)
 
 
+def nearest_gelu(
+    x: Tensor,
+    step: float = 2**-12,
+    limit: float = 4 + 9 / 128,
+    fraction: int = 14,
+    form: Fixed = ACTIVATION,
+) -> Tensor:
+    """The same without lines between the entries: int64 raw values of `form`, by the nearest one.
+
+    ::
+
+        gelu(x) = relu(x) - delta(the nearest multiple of step to abs x)
+
+    Its error is that of the table with lines only at a far finer step, as half a step times the
+    slope of delta, up to 1/2, is missed: step / 4 + 2^-(fraction + 1), or delta(limit). By default
+    it is the smallest such table that is as near to gelu as the paper's: 16,673 entries of 12 bits,
+    an error of 9.6e-5.
+
+    Args:
+        x: int64 raw values of `form`.
+        step: a power of two, no finer than `form`.
+        limit: a multiple of step, after which delta is 0.
+        fraction: bits that entries are rounded to, no more than those of `form`.
+
+    >>> one = ACTIVATION.encode(torch.tensor(1.0))
+    >>> ACTIVATION.decode(nearest_gelu(one))
+    tensor(0.8414, dtype=torch.float64)
+    """
+    form.check(x)
+    table = (gelu_table(step, limit, fraction) * 2.0**fraction).long()
+    shift = form.fraction + round(math.log2(step))
+    if shift < 1 or fraction > form.fraction:
+        raise ValueError(f"step {step} and {fraction} bits must be coarser than {form}")
+    index = (x.abs() >> shift - 1) + 1 >> 1
+    inside = index < len(table)
+    delta = table[torch.where(inside, index, 0)] << form.fraction - fraction
+    return x.clamp_min(0) - torch.where(inside, delta, 0)
+
+
 def _check(step: float, limit: float) -> None:
     if not (0 < step <= 1 and math.log2(step).is_integer()):
         raise ValueError(f"step must be a power of two from 1 down, got {step}")
