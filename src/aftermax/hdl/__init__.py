@@ -1,0 +1,28 @@
+"""The softmax and the GELU of Edge-MoE as circuits, described in Amaranth.
+
+Each equals the integers of `aftermax.moe` bit for bit. `verilog` writes one for any tool; what they
+are, what they were compared with and how large they are: docs/hardware.md.
+"""
+
+try:
+    import amaranth  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"aftermax.hdl needs Amaranth: pip install 'aftermax[hdl]' ({error})"
+    ) from None
+
+from aftermax.hdl.emit import verilog
+from aftermax.hdl.exponential import Exponential
+from aftermax.hdl.gelu import NearestGelu, TableGelu
+from aftermax.hdl.reciprocal import Reciprocal
+from aftermax.hdl.softmax import OnePassSoftmax, ThreePassSoftmax
+
+__all__ = [
+    "Exponential",
+    "NearestGelu",
+    "OnePassSoftmax",
+    "Reciprocal",
+    "TableGelu",
+    "ThreePassSoftmax",
+    "verilog",
+]
