@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("amaranth")
 
-from amaranth.hdl import signed, unsigned  # noqa: E402
-from amaranth.sim import Simulator  # noqa: E402
+from amaranth.hdl import signed, unsigned
+from amaranth.sim import Simulator
 
-from aftermax.hdl import (  # noqa: E402
+from aftermax.hdl import (
     Exponential,
     NearestGelu,
     OnePassSoftmax,
@@ -23,7 +23,7 @@ from aftermax.hdl import (  # noqa: E402
     ThreePassSoftmax,
     verilog,
 )
-from aftermax.moe import (  # noqa: E402
+from aftermax.moe import (
     ACTIVATION,
     ExpTables,
     Fixed,
@@ -33,7 +33,7 @@ from aftermax.moe import (  # noqa: E402
     table_exp,
     three_pass_softmax,
 )
-from aftermax.moe.fixedpoint import exp  # noqa: E402
+from aftermax.moe.fixedpoint import exp
 
 ONE = 1 << 22
 
