@@ -41,6 +41,7 @@ LEARNED = {
     "words": "Train each output layer to tell the next word, measure its first guesses",
     "hashhop": "Train each system to follow chains of hashes, ask it in longer and longer contexts",
     "outliers": "Train encoders and decoders with each system, measure outliers and 8-bit losses",
+    "experts": "Train a vision transformer for several questions, dense and with experts",
     "rates": "Fit mixtures of experts of each gate to ever more samples, measure the rates",
 }
 """What `compare` does, by task."""

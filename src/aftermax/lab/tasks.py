@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from aftermax.lab import hashhop, labels, outliers, rates, text, vision, words
+from aftermax.lab import experts, hashhop, labels, outliers, rates, text, vision, words
+from aftermax.lab.experts_work import PRESETS as EXPERTS_PRESETS
 from aftermax.lab.hashhop_work import PRESETS as HASHHOP_PRESETS
 from aftermax.lab.labels_work import PRESETS as LABEL_PRESETS
 from aftermax.lab.outliers_work import PRESETS as OUTLIER_PRESETS
@@ -98,6 +99,7 @@ TASKS: dict[str, Task] = {
     "words": words,
     "outliers": outliers,
     "hashhop": hashhop,
+    "experts": experts,
 }
 """Those that train a model."""
 
@@ -110,6 +112,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "words": WORD_PRESETS,
     "outliers": OUTLIER_PRESETS,
     "hashhop": HASHHOP_PRESETS,
+    "experts": EXPERTS_PRESETS,
     "rates": RATES_PRESETS,
 }
 
