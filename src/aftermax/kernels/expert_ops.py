@@ -15,6 +15,7 @@ ARGUMENTS = (
     " int capacity, float capacity_factor"
 )
 TENSOR_COUNT = 7
+WANTED = "bool for_x, bool for_weights, bool for_w1, bool for_b1, bool for_w2, bool for_b2"
 DIFFERENTIABLE = (0, 2, 3, 4, 5, 6)
 """All tensors but the index."""
 
@@ -82,7 +83,7 @@ def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     *tensors, saved = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
     grads = torch.ops.aftermax.experts_backward.default(
-        _rows_whole(grad), saved, *tensors, *ctx.options, wanted
+        _rows_whole(grad), saved, *tensors, *ctx.options, *wanted
     )
     for i, wants, each in zip(DIFFERENTIABLE, wanted, grads, strict=True):
         out[i] = each if wants else None
@@ -103,7 +104,7 @@ def fake(x: Tensor, index: Tensor, weights: Tensor, w1: Tensor, *_: Any) -> tupl
 
 
 def fake_backward(grad: Tensor, saved: Tensor, *call: Any) -> tuple[Tensor, ...]:
-    wanted = call[-1]
+    wanted = call[-len(DIFFERENTIABLE) :]
     return tuple(
         call[i].new_empty(call[i].shape if wants else (0,))
         for i, wants in zip(DIFFERENTIABLE, wanted, strict=True)
@@ -117,7 +118,7 @@ def schemas() -> dict[str, tuple]:
         # the same without what a backward pass needs
         "experts_forward": (f"({ARGUMENTS}) -> Tensor", fake_forward),
         "experts_backward": (
-            f"(Tensor grad, Tensor saved, {ARGUMENTS}, bool[] wanted)"
+            f"(Tensor grad, Tensor saved, {ARGUMENTS}, {WANTED})"
             " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
             fake_backward,
         ),

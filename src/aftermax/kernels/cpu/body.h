@@ -6,7 +6,7 @@
 #include "attention_backward.h"
 #include "core.h"
 #include "cross_entropy.h"
-#include "experts.h"
+#include "experts_backward.h"
 #include "linear_cross_entropy.h"
 #include "linear_walk.h"
 #include "softmax.h"
@@ -98,6 +98,7 @@ const am_body_table body = {
     multiply_adds,
     multiply_pairs,
     experts,
+    experts_backward,
 };
 
 }  // namespace AM_ISA

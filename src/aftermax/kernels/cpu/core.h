@@ -295,6 +295,15 @@ typedef struct {
   float* saved;  // W1 x + b1 in the order of experts, up to tokens * choices rows; may be null
 } am_experts;
 
+typedef struct {
+  am_experts forward;  // out is not read; saved holds what the forward pass left
+  const void* grad;    // of out, in dtype
+  int64_t grad_step;
+  void *grad_x, *grad_b1, *grad_b2;  // contiguous, in dtype; null where not wanted
+  float* grad_weights;               // (tokens, choices)
+  am_place grad_w1, grad_w2;         // contiguous: data and fresh alone are read
+} am_experts_backward;
+
 // Returns 0, or 1 where scratch memory could not be had (then the result is worth nothing).
 typedef struct {
   const char* name;
@@ -320,6 +329,7 @@ typedef struct {
   int64_t (*multiply_adds)(int64_t rounds);
   int64_t (*multiply_pairs)(int64_t rounds);
   int (*experts)(const am_experts*, am_parallel);
+  int (*experts_backward)(const am_experts_backward*, am_parallel);
 } am_body_table;
 
 #if defined(__GNUC__)

@@ -15,6 +15,8 @@ namespace AM_ISA {
 // Rows of a weight that a task takes, and rows and tokens that are multiplied at a time: W sums.
 constexpr int64_t ROW_BLOCK = 32;
 constexpr int DOT_ROWS = 4, DOT_TOKENS = W / DOT_ROWS;
+// Bytes of a row that are multiplied at a time: DOT_ROWS of them stay in the first cache while the tokens pass.
+constexpr int64_t ROW_BYTES = 3072;
 // Tokens that a block of rows meets before it goes on to its next rows: as many as stay in the second cache beside it.
 constexpr int64_t MOST_TOKENS = 128, TOKEN_BYTES = 1 << 18;
 
@@ -84,19 +86,21 @@ struct Ahead {
   int count;
 };
 
-// out(token, row) of DOT_ROWS rows and TOKENS <= DOT_TOKENS tokens; out's rows are ROW_BLOCK apart.
-template <class Words, class T, int TOKENS>
-static inline void dot_tile(const T* const* w, const T* const* x, int64_t depth, Ahead ahead, float* out) {
+// out(token, row) of DOT_ROWS rows and TOKENS <= DOT_TOKENS tokens, over [begin, depth) of them; out's rows are ROW_BLOCK
+// apart, and where begin > 0 they are added to.
+template <class Words, class T, class X, int TOKENS>
+static inline void dot_tile(const T* const* w, const X* const* x, int64_t begin, int64_t depth, Ahead ahead, float* out) {
   using Row = Along<Words, T>;
+  using Token = Along<Words, X>;
   F sum[W];
   for (F& s : sum) s = set1(0);
   const T *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
-  int64_t k = 0;
+  int64_t k = begin;
   for (; k + Row::STEP <= depth; k += Row::STEP) {
     for (int i = 0; i < ahead.count; ++i) prefetch_l2(ahead.from + i * ahead.step + k * (int64_t)sizeof(T));
     F a = Row::whole(w0 + k), b = Row::whole(w1 + k), c = Row::whole(w2 + k), d = Row::whole(w3 + k);
     for (int t = 0; t < TOKENS; ++t) {
-      F v = Row::whole(x[t] + k);
+      F v = Token::whole(x[t] + k);
       sum[t * 4] = Words::add_product(a, v, sum[t * 4]);
       sum[t * 4 + 1] = Words::add_product(b, v, sum[t * 4 + 1]);
       sum[t * 4 + 2] = Words::add_product(c, v, sum[t * 4 + 2]);
@@ -107,36 +111,46 @@ static inline void dot_tile(const T* const* w, const T* const* x, int64_t depth,
     int64_t rest = depth - k;
     F a = Row::part(w0 + k, rest), b = Row::part(w1 + k, rest), c = Row::part(w2 + k, rest), d = Row::part(w3 + k, rest);
     for (int t = 0; t < TOKENS; ++t) {
-      F v = Row::part(x[t] + k, rest);
+      F v = Token::part(x[t] + k, rest);
       sum[t * 4] = Words::add_product(a, v, sum[t * 4]);
       sum[t * 4 + 1] = Words::add_product(b, v, sum[t * 4 + 1]);
       sum[t * 4 + 2] = Words::add_product(c, v, sum[t * 4 + 2]);
       sum[t * 4 + 3] = Words::add_product(d, v, sum[t * 4 + 3]);
     }
   }
-  float lanes[W];
-  store(lanes, sums_by_lane(sum));
+  float lanes[W] = {};
+  F all = sums_by_lane(sum);
+  if (begin > 0) {
+    for (int t = 0; t < TOKENS; ++t) memcpy(lanes + t * 4, out + t * ROW_BLOCK, 16);
+    all = all + load(lanes);
+  }
+  store(lanes, all);
   for (int t = 0; t < TOKENS; ++t) memcpy(out + t * ROW_BLOCK, lanes + t * 4, 16);
 }
 
 // out(token, row), rows ROW_BLOCK apart, of up to ROW_BLOCK rows of w. `follow` rows come behind them in memory.
-template <class Words, class T>
-static void dot_block(const T* w, int64_t w_step, int64_t rows, int64_t follow, const T* const* x, int64_t tokens, int64_t depth,
+template <class Words, class T, class X>
+static void dot_block(const T* w, int64_t w_step, int64_t rows, int64_t follow, const X* const* x, int64_t tokens, int64_t depth,
                       float* out) {
+  int64_t pieces = (depth * (int64_t)sizeof(T) + ROW_BYTES - 1) / ROW_BYTES;
+  int64_t piece = up_to((depth + pieces - 1) / pieces, Along<Words, T>::STEP);
   int64_t groups = (tokens + DOT_TOKENS - 1) / DOT_TOKENS, each = (DOT_ROWS + groups - 1) / groups;
   for (int64_t i = 0; i < rows; i += DOT_ROWS) {
     const T* row[DOT_ROWS];
     for (int r = 0; r < DOT_ROWS; ++r) row[r] = w + least(i + r, rows - 1) * w_step;
-    for (int64_t t = 0, next = i + DOT_ROWS; t < tokens; t += DOT_TOKENS, next += each) {
-      int64_t last = least(i + 2 * DOT_ROWS, rows + follow);
-      Ahead ahead = {(const char*)(w + least(next, rows) * w_step), w_step * (int64_t)sizeof(T),
-                     (int)(next < last ? least(each, last - next) : 0)};
-      float* to = out + t * ROW_BLOCK + i;
-      switch (least(tokens - t, DOT_TOKENS)) {
-        case 1: dot_tile<Words, T, 1>(row, x + t, depth, ahead, to); break;
-        case 2: dot_tile<Words, T, DOT_TOKENS < 2 ? DOT_TOKENS : 2>(row, x + t, depth, ahead, to); break;
-        case 3: dot_tile<Words, T, DOT_TOKENS < 3 ? DOT_TOKENS : 3>(row, x + t, depth, ahead, to); break;
-        default: dot_tile<Words, T, DOT_TOKENS>(row, x + t, depth, ahead, to);
+    int64_t last = least(i + 2 * DOT_ROWS, rows + follow);
+    for (int64_t k = 0; k < depth; k += piece) {
+      int64_t end = least(k + piece, depth);
+      for (int64_t t = 0, next = i + DOT_ROWS; t < tokens; t += DOT_TOKENS, next += each) {
+        Ahead ahead = {nullptr, w_step * (int64_t)sizeof(T), 0};
+        if (next < last) ahead.from = (const char*)(w + next * w_step), ahead.count = (int)least(each, last - next);
+        float* to = out + t * ROW_BLOCK + i;
+        switch (least(tokens - t, DOT_TOKENS)) {
+          case 1: dot_tile<Words, T, X, 1>(row, x + t, k, end, ahead, to); break;
+          case 2: dot_tile<Words, T, X, DOT_TOKENS < 2 ? DOT_TOKENS : 2>(row, x + t, k, end, ahead, to); break;
+          case 3: dot_tile<Words, T, X, DOT_TOKENS < 3 ? DOT_TOKENS : 3>(row, x + t, k, end, ahead, to); break;
+          default: dot_tile<Words, T, X, DOT_TOKENS>(row, x + t, k, end, ahead, to);
+        }
       }
     }
   }
@@ -144,10 +158,10 @@ static void dot_block(const T* w, int64_t w_step, int64_t rows, int64_t follow, 
 
 // Calls finish(row, rows, first, many, sums) for W_e x + b_e of every expert e: `rows` rows of the weight from `row` on, and
 // the queued tokens [first, first + many).
-template <class Words, class T, class Finish>
+template <class Words, class T, class X, class Finish>
 static int each_product(const Queues& q, int64_t experts, const T* w, const int64_t* w_step, const void* bias, int64_t rows,
-                        int64_t depth, const T* const* x, am_parallel with, const Finish& finish) {
-  int64_t blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK, bytes = depth * (int64_t)sizeof(T);
+                        int64_t depth, const X* const* x, am_parallel with, const Finish& finish) {
+  int64_t blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK, bytes = depth * (int64_t)sizeof(X);
   int64_t chunk = most(DOT_TOKENS, least(MOST_TOKENS, TOKEN_BYTES / bytes / DOT_TOKENS * DOT_TOKENS));
   return share(with, experts * blocks, MOST_TOKENS * ROW_BLOCK, [&](int64_t task, float* sums) {
     int64_t e = task / blocks, row = task % blocks * ROW_BLOCK, many = least(rows - row, ROW_BLOCK);
@@ -187,22 +201,24 @@ static void add_choices(const am_experts& a, const Queues& q, const float* y, in
   });
 }
 
-template <class Words, class T>
+// H: what hidden vectors are kept as.
+template <class Words, class T, class H>
 static int experts_as(const am_experts* a, am_parallel with) {
   Queues q;
   if (!q.make(*a)) return 1;
   int64_t hidden_step = up_to(a->hidden, 2 * W), y_step = up_to(a->width, W);
   Scratch hidden(q.pairs * hidden_step), y(q.pairs * y_step), memory(q.pairs * 4);
   if (!hidden.data || !y.data || !memory.data) return 1;
-  const T **x = (const T**)memory.data, **h = x + q.pairs;
+  const T** x = (const T**)memory.data;
+  const H** h = (const H**)(x + q.pairs);
   for (int64_t p = 0; p < q.pairs; ++p) {
     x[p] = (const T*)a->x + q.token(p) * a->x_step;
-    h[p] = (const T*)hidden.data + p * hidden_step;
+    h[p] = (const H*)hidden.data + p * hidden_step;
   }
   int failed = each_product<Words>(
       q, a->experts, (const T*)a->w1, a->w1_step, a->b1, a->hidden, a->width, x, with, [&](int64_t p, int64_t i, int lanes, F z) {
         if (a->saved) put(a->saved + p * a->hidden + i, z, lanes);
-        put((T*)hidden.data + p * hidden_step + i, Gelu(z).value, lanes);
+        put((H*)hidden.data + p * hidden_step + i, Gelu(z).value, lanes);
       });
   if (failed) return failed;
   failed = each_product<Words>(q, a->experts, (const T*)a->w2, a->w2_step, a->b2, a->width, a->hidden, h, with,
@@ -213,11 +229,11 @@ static int experts_as(const am_experts* a, am_parallel with) {
 }
 
 static int experts(const am_experts* a, am_parallel with) {
-  if (a->dtype == AM_FLOAT32) return experts_as<Singles, float>(a, with);
+  if (a->dtype == AM_FLOAT32) return experts_as<Singles, float, float>(a, with);
 #if defined(AM_PAIRS)
-  return experts_as<Pairs, bf16>(a, with);
+  return experts_as<Pairs, bf16, bf16>(a, with);
 #else
-  return experts_as<Singles, bf16>(a, with);
+  return experts_as<Singles, bf16, float>(a, with);
 #endif
 }
 

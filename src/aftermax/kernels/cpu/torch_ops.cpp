@@ -964,6 +964,40 @@ void experts(Value* stack, uint64_t, uint64_t) {
   if (ForBackward) stack[1] = saved.release();
 }
 
+// (grad, saved, tensors..., capacity, capacity_factor, wanted) -> grads of x, weights, w1, b1, w2, b2
+void experts_backward(Value* stack, uint64_t, uint64_t) {
+  Tensor grad(stack[0]), saved(stack[1]);
+  Experts of(stack + 2);
+  am_experts_backward b;
+  memset(&b, 0, sizeof b);
+  b.forward = of.a;
+  const am_experts& a = of.a;
+  if (grad.dim != 2 || grad.sizes[0] != a.tokens || grad.sizes[1] != a.width || !grad.is(of.x.dtype) ||
+      (a.width > 1 && grad.strides[1] != 1))
+    fail("experts: grad does not fit the result");
+  if (saved.count != a.tokens * a.choices * a.hidden || !saved.contiguous() || !saved.is(torch.aoti_torch_dtype_float32()))
+    fail("experts: what was saved does not fit");
+  b.forward.saved = (float*)saved.data;
+  b.grad = grad.data;
+  b.grad_step = grad.strides[0];
+  const Tensor* tensors[] = {&of.x, &of.weights, &of.w1, &of.b1, &of.w2, &of.b2};
+  const Value* wanted = stack + 2 + Experts::TENSORS + 2;
+  const int64_t none = 0;
+  std::vector<Tensor> grads;
+  for (int i = 0; i < 6; ++i) grads.push_back(truth(wanted[i]) ? empty_like(*tensors[i]) : empty(1, &none, tensors[i]->dtype));
+  auto data = [&](int i) { return grads[(size_t)i].count > 0 ? grads[(size_t)i].data : nullptr; };
+  b.grad_x = data(0);
+  b.grad_weights = (float*)data(1);
+  b.grad_w1.data = data(2);
+  b.grad_w1.fresh = grads[2].fresh;
+  b.grad_b1 = data(3);
+  b.grad_w2.data = data(4);
+  b.grad_w2.fresh = grads[4].fresh;
+  b.grad_b2 = data(5);
+  ran(am_body()->experts_backward(&b, threads()));
+  for (size_t i = 0; i < 6; ++i) stack[i] = grads[i].release();
+}
+
 struct Op {
   const char* name;
   Boxed run;
@@ -993,6 +1027,7 @@ const Op ops[] = {
     {"spans", spans},
     {"experts", experts<true>},
     {"experts_forward", experts<false>},
+    {"experts_backward", experts_backward},
 };
 
 #if defined(__APPLE__)

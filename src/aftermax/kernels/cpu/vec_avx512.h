@@ -206,6 +206,11 @@ static inline F add_product_of_pairs(F a, F b, F c) {
 static inline F pair_up(F low, F high) {
   return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low.v), 16), _mm512_castps_si512(high.v)))};
 }
+// To the nearest bfloat16; subnormal numbers become 0.
+static inline F round_to_pairs(F a) {
+  __m256i h = (__m256i)_mm512_cvtneps_pbh(a.v);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
 // Rounded to nearest; subnormal numbers become 0.
 static inline void store_pairs(bf16* p, F a) {
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v));
