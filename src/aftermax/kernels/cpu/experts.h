@@ -79,10 +79,11 @@ struct Along<Pairs, bf16> {
 };
 #endif
 
-// What is asked for while something else is multiplied: `count` rows, `step` bytes apart.
+// What is asked for while something else is multiplied: `count` lines side by side in each step whose place along the rows
+// has none of the bits of `skip`.
 struct Ahead {
   const char* from;
-  int64_t step;
+  int64_t skip;
   int count;
 };
 
@@ -97,7 +98,8 @@ static inline void dot_tile(const T* const* w, const X* const* x, int64_t begin,
   const T *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
   int64_t k = begin;
   for (; k + Row::STEP <= depth; k += Row::STEP) {
-    for (int i = 0; i < ahead.count; ++i) prefetch_l2(ahead.from + i * ahead.step + k * (int64_t)sizeof(T));
+    if (((k - begin) & ahead.skip) == 0)
+      for (int i = 0; i < ahead.count; ++i, ahead.from += 64) prefetch_l2(ahead.from);
     F a = Row::whole(w0 + k), b = Row::whole(w1 + k), c = Row::whole(w2 + k), d = Row::whole(w3 + k);
     for (int t = 0; t < TOKENS; ++t) {
       F v = Token::whole(x[t] + k);
@@ -128,22 +130,32 @@ static inline void dot_tile(const T* const* w, const X* const* x, int64_t begin,
   for (int t = 0; t < TOKENS; ++t) memcpy(out + t * ROW_BLOCK, lanes + t * 4, 16);
 }
 
+// The next DOT_ROWS rows at `w`, which lie side by side, while `steps` steps of one piece pass for each of some groups of
+// tokens: all lines of that piece, evenly over what is done meanwhile.
+template <class T>
+static inline Ahead next_rows(const T* w, int64_t groups, int64_t group, int64_t steps, int64_t step) {
+  int64_t each = (DOT_ROWS + groups - 1) / groups, skip = 1;
+  while (2 * skip * DOT_ROWS <= groups) skip *= 2;
+  int64_t line = group * (steps * each / skip);
+  return {(const char*)w + line * 64, (skip - 1) * step, line < steps * DOT_ROWS ? (int)each : 0};
+}
+
 // out(token, row), rows ROW_BLOCK apart, of up to ROW_BLOCK rows of w. `follow` rows come behind them in memory.
 template <class Words, class T, class X>
 static void dot_block(const T* w, int64_t w_step, int64_t rows, int64_t follow, const X* const* x, int64_t tokens, int64_t depth,
                       float* out) {
-  int64_t pieces = (depth * (int64_t)sizeof(T) + ROW_BYTES - 1) / ROW_BYTES;
-  int64_t piece = up_to((depth + pieces - 1) / pieces, Along<Words, T>::STEP);
-  int64_t groups = (tokens + DOT_TOKENS - 1) / DOT_TOKENS, each = (DOT_ROWS + groups - 1) / groups;
+  constexpr int64_t STEP = Along<Words, T>::STEP;
+  int64_t pieces = (depth * (int64_t)sizeof(T) + ROW_BYTES - 1) / ROW_BYTES, piece = up_to((depth + pieces - 1) / pieces, STEP);
+  int64_t groups = (tokens + DOT_TOKENS - 1) / DOT_TOKENS;
   for (int64_t i = 0; i < rows; i += DOT_ROWS) {
     const T* row[DOT_ROWS];
     for (int r = 0; r < DOT_ROWS; ++r) row[r] = w + least(i + r, rows - 1) * w_step;
-    int64_t last = least(i + 2 * DOT_ROWS, rows + follow);
+    bool more = w_step == depth && i + 2 * DOT_ROWS <= rows + follow;
     for (int64_t k = 0; k < depth; k += piece) {
       int64_t end = least(k + piece, depth);
-      for (int64_t t = 0, next = i + DOT_ROWS; t < tokens; t += DOT_TOKENS, next += each) {
-        Ahead ahead = {nullptr, w_step * (int64_t)sizeof(T), 0};
-        if (next < last) ahead.from = (const char*)(w + next * w_step), ahead.count = (int)least(each, last - next);
+      for (int64_t t = 0; t < tokens; t += DOT_TOKENS) {
+        Ahead ahead = {nullptr, 0, 0};
+        if (more) ahead = next_rows(w + (i + DOT_ROWS) * w_step + k * DOT_ROWS, groups, t / DOT_TOKENS, (end - k) / STEP, STEP);
         float* to = out + t * ROW_BLOCK + i;
         switch (least(tokens - t, DOT_TOKENS)) {
           case 1: dot_tile<Words, T, X, 1>(row, x + t, k, end, ahead, to); break;

@@ -17,17 +17,21 @@ constexpr int TALL = W == 16 ? 12 : W == 8 ? 6 : 4;
 constexpr int64_t GRADIENT_ROWS = 48;
 
 // keep(i, j, sum) for vector j of row i of A B, over `depth` words: A(i, k) lies at a[i a_row + k a_depth], row k of B at
-// b[k b_step]. With `ahead`, each step asks for one line more.
+// b[k b_step]. With `behind`, each step asks for one line more.
+struct Behind {
+  const char* from;
+  int64_t step;  // 0: nothing
+};
 template <class Words, int ROWS, class Keep>
 static inline void product_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_step, int64_t depth,
-                                Ahead ahead, const Keep& keep) {
+                                Behind behind, const Keep& keep) {
   float before[ROWS][2 * W];
   for (int64_t from = 0;; from += DEPTH) {
     int64_t to = least(from + DEPTH, depth);
     F sum[ROWS][2];
     for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = set1(0);
     for (int64_t k = from; k < to; ++k) {
-      if (ahead.count) prefetch_l2(ahead.from + k * ahead.step);
+      if (behind.step) prefetch_l2(behind.from + k * behind.step);
       F left = load(b + k * b_step), right = load(b + k * b_step + W);
       for (int i = 0; i < ROWS; ++i) {
         F factor = set1(a[i * a_row + k * a_depth]);
@@ -50,9 +54,9 @@ static inline void product_tile(const float* a, int64_t a_row, int64_t a_depth, 
 
 template <class Words, class Keep>
 static inline void product_rows(int64_t rows, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_step,
-                                int64_t depth, Ahead ahead, const Keep& keep) {
+                                int64_t depth, Behind behind, const Keep& keep) {
 #define AM_ROWS(n) \
-  case n: return product_tile<Words, n < TALL ? n : TALL>(a, a_row, a_depth, b, b_step, depth, ahead, keep);
+  case n: return product_tile<Words, n < TALL ? n : TALL>(a, a_row, a_depth, b, b_step, depth, behind, keep);
   switch (rows) {
     AM_ROWS(1) AM_ROWS(2) AM_ROWS(3) AM_ROWS(4) AM_ROWS(5) AM_ROWS(6)
     AM_ROWS(7) AM_ROWS(8) AM_ROWS(9) AM_ROWS(10) AM_ROWS(11) AM_ROWS(12)
@@ -170,11 +174,11 @@ struct ExpertsBackward {
     }
   }
   // What is asked for in pass number `pass` over a packed weight: a line of each of its rows, behind its columns.
-  static Ahead behind(const T* w, int64_t step, int64_t from, int64_t columns, int64_t pass) {
+  static Behind behind(const T* w, int64_t step, int64_t from, int64_t columns, int64_t pass) {
     int64_t at = from + COLUMN_BLOCK + pass * (64 / (int64_t)sizeof(T) / IN_WORD);
     bool any = at < columns && at < from + 2 * COLUMN_BLOCK;
-    if (!any) return {nullptr, 0, 0};
-    return {(const char*)(w + (APART ? from + COLUMN_BLOCK + pass / 2 * 32 + pass % 2 * step : at)), step * IN_WORD * (int64_t)sizeof(T), 1};
+    if (!any) return {nullptr, 0};
+    return {(const char*)(w + (APART ? from + COLUMN_BLOCK + pass / 2 * 32 + pass % 2 * step : at)), step * IN_WORD * (int64_t)sizeof(T)};
   }
 
   // W2^T grad for some columns of an expert, and what follows from it.
@@ -249,7 +253,7 @@ struct ExpertsBackward {
                    columns % W == 0 && (uintptr_t)out.data % 64 == 0;
     for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
       for (int64_t i = row; i < last; i += TALL)
-        product_rows<Words>(least(TALL, last - i), left + i, 1, left_step, right + j, right_step, depth(e), Ahead{nullptr, 0, 0},
+        product_rows<Words>(least(TALL, last - i), left + i, 1, left_step, right + j, right_step, depth(e), Behind{nullptr, 0},
                             [&](int r, int v, F sum) {
                               int64_t lanes = least(W, columns - j - v * W);
                               T* at = to + (i + r) * columns + j + v * W;
