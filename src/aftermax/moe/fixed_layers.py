@@ -22,8 +22,7 @@ Not public are the vendor's exp, reciprocal and root: here they are exact, and c
 0 or of 0, which cutting can leave in tokens that are nearly constant, has no root: its token
 is counted, and r taken as 0.
 
-A `Tally` counts what wrapped. The released weights stay within the formats; what a model of one's
-own does there is what should be asked first.
+A `Tally` counts what wrapped: ask it before a model's answers are believed.
 """
 
 from __future__ import annotations
