@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from aftermax import FixedOnePassSoftmax, OnePassSoftmax, Sigmoid, Softmax
-from aftermax.lab.experts_fixed import emulate
+from aftermax.lab.experts_fixed import beside, emulate, refusal
 from aftermax.lab.multitask import MultiTaskVisionTransformer, Shape, Target
 from aftermax.modules import Attention
 from aftermax.moe import Experts
@@ -23,9 +23,8 @@ def model_of(**options) -> MultiTaskVisionTransformer:
         random = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=random)
-        model.to_patches.weight *= (
-            0.1  # what is divided by a deviation must fit a format that ends at 1/2
-        )
+        # what is divided by a deviation must fit a format that ends at 1/2
+        model.to_patches.weight *= 0.1
     return model.double().eval()
 
 
@@ -154,8 +153,32 @@ def _with_experts(**options):
     ],
 )
 def test_what_has_no_unit_is_refused_with_the_reason(make, reason):
-    with pytest.raises(ValueError, match=reason):
-        emulate(make(), pictures(), "class")
+    model = make()
+    with pytest.raises(ValueError, match=reason) as refused:
+        emulate(model, pictures(), "class")
+    assert refusal(model) == str(refused.value)
+    assert refusal(model_of()) is None
+
+
+def test_what_the_numbers_do_to_the_answers():
+    model, images = model_of(), pictures(6)
+    wanted = answers(model, images, "class")
+    found = emulate(model, images, "class", mean=MEAN, sd=SD)
+    told = beside(wanted, found, wanted.argmax(1), lambda x, y: {"accuracy": 0.5, "of": len(y)})
+    assert told["fixed_accuracy"] == 0.5
+    assert told["fixed_of"] == 6
+    assert told["fixed_same"] == 1
+    error = (wanted - found.logits).square().mean().sqrt()
+    assert told["fixed_error"] == pytest.approx(float(error))
+    assert told["fixed_wrapped"] == told["fixed_clipped"] == 0
+    other = wanted.clone()
+    other[0] = -other[0]
+    assert beside(other, found, other, lambda *_: {})["fixed_same"] == pytest.approx(5 / 6)
+    mask = emulate(model, images, "mask", mean=MEAN, sd=SD)
+    pixels = mask.logits.clone()
+    pixels[0, 0, 0, 0] *= -1
+    told = beside(pixels, mask, pixels, lambda *_: {})
+    assert told["fixed_same"] == pytest.approx(1 - 1 / pixels.numel())
 
 
 def test_a_task_that_there_is_not():

@@ -12,7 +12,7 @@ are bytes, worth a 256th each: images from 0 to 1 are rounded to 255ths, and mea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +116,57 @@ def emulate(
     tally = Tally()
     parts = [tower.answers(part, task, tally) for part in images.split(at_once)]
     return Emulated(torch.cat(parts), tally, numbers.clipped, numbers.parameters)
+
+
+def refusal(model: MultiTaskVisionTransformer) -> str | None:
+    """Why a model has no form in these numbers, or None where it has one.
+
+    >>> from aftermax import Sigmoid
+    >>> from aftermax.lab.multitask import Shape, Target
+    >>> shape = Shape((8, 8), 4, 1, 16, layers=2, heads=2, hidden=32, odd_hidden=16, experts=4)
+    >>> asked = [Target("class", 3)]
+    >>> refusal(MultiTaskVisionTransformer(shape, asked))
+    >>> refusal(MultiTaskVisionTransformer(shape, asked, Sigmoid()))
+    "in these numbers there is softmax in one pass alone, and a layer has Sigmoid(n='row'): ..."
+    """
+    try:
+        for block in model.blocks:
+            _check_attention(block.attend)  # type: ignore[arg-type]
+            if isinstance(block.feed, Experts):
+                _check_experts(block.feed)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def beside(
+    logits: Tensor,
+    emulated: Emulated,
+    answers: Tensor,
+    scores: Callable[[Tensor, Tensor], Mapping[str, float]],
+) -> dict[str, float]:
+    """What the numbers do to the answers of one task.
+
+    Args:
+        logits: of the model itself.
+        emulated: of the same images and task.
+        answers: what is right.
+        scores: (logits, answers) -> measures by name, as `aftermax.lab.experts.scores`.
+
+    Returns:
+        fixed_NAME of each score of the emulation; fixed_same, the share of answers (the largest
+        logit, or the sign of a pixel's) that are the model's; fixed_error, the root mean square of
+        what logits are off by; fixed_wrapped and fixed_clipped, counts of numbers.
+    """
+    found = {f"fixed_{name}": x for name, x in scores(emulated.logits.float(), answers).items()}
+    both = logits.double(), emulated.logits
+    first, second = (x.argmax(1) if logits.ndim == 2 else x > 0 for x in both)
+    return found | {
+        "fixed_same": (first == second).double().mean().item(),
+        "fixed_error": (both[0] - both[1]).square().mean().sqrt().item(),
+        "fixed_wrapped": float(sum(emulated.tally.wrapped.values())),
+        "fixed_clipped": float(sum(emulated.clipped.values())),
+    }
 
 
 class _Numbers:
