@@ -9,7 +9,7 @@ from aftermax import FixedOnePassSoftmax, OnePassSoftmax, Sigmoid, Softmax
 from aftermax.lab.experts_fixed import beside, emulate, refusal
 from aftermax.lab.multitask import MultiTaskVisionTransformer, Shape, Target
 from aftermax.modules import Attention
-from aftermax.moe import Experts
+from aftermax.moe import Experts, Fixed
 
 SHAPE = Shape((8, 12), 4, 3, 24, layers=4, heads=2, hidden=48, odd_hidden=24, experts=4)
 TARGETS = [Target("class", 5), Target("mask", 1, dense=True), Target("parts", 2, dense=True)]
@@ -98,6 +98,19 @@ def test_weights_outside_of_their_format_rest_at_its_edge_or_wrap():
         model.heads["class"].weight[0, 0] = 1.0  # 5 less 4
         model.blocks[0].before_attend.weight[3] = 4.0  # 100 less 3 times 32
     assert torch.equal(emulate(model, images, "class").logits, wrapped.logits)
+
+
+def test_patches_may_have_weights_of_another_format():
+    model, images = model_of(), pictures()
+    with torch.no_grad():
+        model.to_patches.weight *= 20
+    wanted = answers(model, images, "class")
+    published = emulate(model, images, "class", mean=MEAN, sd=SD)
+    assert published.clipped["patch weights"] > 10
+    wider = emulate(model, images, "class", mean=MEAN, sd=SD, patch_form=Fixed(16, 4))
+    assert wider.clipped["patch weights"] == 0
+    off = [float((found.logits - wanted).abs().max()) for found in (published, wider)]
+    assert off[1] < off[0] / 3
 
 
 def test_activations_that_wrap_are_counted():

@@ -138,15 +138,15 @@ def test_a_linear_layer_cuts_every_product(size, seed, bias_form, gelu):
             assert int(y) == int(fixed_gelu(wanted_raw) if gelu else wanted_raw)
 
 
-@given(SEEDS)
-def test_patches_are_bytes_and_their_place_is_added(seed):
-    pixels, w = drawn(PIXEL, 5, 12, seed=seed), drawn(PATCH_WEIGHT, 3, 12, size=0.2, seed=seed)
+@given(SEEDS, st.sampled_from([PATCH_WEIGHT, Fixed(16, 2), Fixed(16, 5)]))
+def test_patches_are_bytes_and_their_place_is_added(seed, form):
+    pixels, w = drawn(PIXEL, 5, 12, seed=seed), drawn(form, 3, 12, size=0.2, seed=seed)
     b, places = drawn(BIAS, 3, seed=seed), drawn(ACTIVATION, 6, 3, seed=seed)
-    found = fixed_patches(pixels, w, b, places)
+    found = fixed_patches(pixels, w, b, places, weight_form=form)
     assert torch.equal(found[0], places[0])
     for patch, place, out in zip(pixels, places[1:], found[1:], strict=True):
         for of, bias, at, y in zip(w, b, place, out, strict=True):
-            wanted = dot(values(patch, PIXEL), values(of, PATCH_WEIGHT), value(bias, BIAS))
+            wanted = dot(values(patch, PIXEL), values(of, form), value(bias, BIAS))
             assert value(y) == cut(wanted + value(at))
 
 

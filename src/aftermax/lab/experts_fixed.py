@@ -84,6 +84,7 @@ def emulate(
     sd: Moments = 1.0,
     saturate: bool = True,
     corrected: bool = False,
+    patch_form: Fixed = PATCH_WEIGHT,
     at_once: int = 64,
 ) -> Emulated:
     """The answers of one task, all in fixed point.
@@ -95,6 +96,8 @@ def emulate(
         mean, sd: of each channel, with which the model's images were normed.
         saturate: weights outside of their format rest at its edge; otherwise they wrap.
         corrected: softmax without its limit of 511 tokens of equal scores.
+        patch_form: of the weights of the patches. The published one ends at 1/2, which a weight
+            divided by a small deviation may pass; `Fixed(16, 2)` ends at 2.
         at_once: images in memory together.
 
     Raises:
@@ -112,7 +115,7 @@ def emulate(
     'wrapped: nothing; outside of their format: no weights'
     """
     numbers = _Numbers(saturate)
-    tower = _Tower(model, numbers, mean, sd, corrected)
+    tower = _Tower(model, numbers, mean, sd, corrected, patch_form)
     tally = Tally()
     parts = [tower.answers(part, task, tally) for part in images.split(at_once)]
     return Emulated(torch.cat(parts), tally, numbers.clipped, numbers.parameters)
@@ -196,8 +199,9 @@ class _Tower:
         mean: Moments,
         sd: Moments,
         corrected: bool,
+        patch_form: Fixed,
     ):
-        self.model, self.corrected = model, corrected
+        self.model, self.patch_form = model, patch_form
         shape = model.shape
         mean, sd = (
             torch.as_tensor(m).double().reshape(-1, 1).expand(shape.channels, shape.patch**2)
@@ -210,7 +214,7 @@ class _Tower:
         places[0] += model.class_token[0, 0].detach()
         scale = 2**PIXEL.fraction / PIXEL.highest
         self.patches = (
-            numbers.raw("patch weights", per_pixel * scale, PATCH_WEIGHT),
+            numbers.raw("patch weights", per_pixel * scale, patch_form),
             numbers.raw("biases", bias, BIAS),
             numbers.raw("places", places, ACTIVATION),
         )
@@ -231,7 +235,8 @@ class _Tower:
         model, shape = self.model, self.model.shape
         number = model._number(task)
         target = model.targets[model.tasks[number]]
-        x = fixed_patches(self.pixels(images), *self.patches, tally=tally)
+        form = self.patch_form
+        x = fixed_patches(self.pixels(images), *self.patches, weight_form=form, tally=tally)
         for before_attend, attend, before_feed, feed in self.blocks:
             x = fixed_add(x, attend(before_attend(x, tally), tally), tally=tally)
             x = fixed_add(x, feed(before_feed(x, tally), tally, number), tally=tally)

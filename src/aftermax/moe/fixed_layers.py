@@ -160,13 +160,19 @@ def fixed_linear(
 
 
 def fixed_patches(
-    pixels: Tensor, weight: Tensor, bias: Tensor, places: Tensor, *, tally: Tally | None = None
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    places: Tensor,
+    *,
+    weight_form: Fixed = PATCH_WEIGHT,
+    tally: Tally | None = None,
 ) -> Tensor:
     """W p + b + place for each patch, behind a first token that is its place alone.
 
     Args:
         pixels: (..., N, n) unsigned <8,0>, the pixels of N patches: bytes, worth a 256th each.
-        weight: (D, n), <16,0>.
+        weight: (D, n), of `weight_form`, <16,0>: from -1/2 to 1/2.
         bias: (D,), <16,5>.
         places: (N + 1, D) activations; the first is the sum of the class token and its place.
 
@@ -174,13 +180,13 @@ def fixed_patches(
         (..., N + 1, D) activations.
     """
     PIXEL.check(pixels)
-    PATCH_WEIGHT.check(weight)
+    weight_form.check(weight)
     ACTIVATION.check(places)
     _check_width("pixels", pixels, weight.shape[-1])
     _check_width("places", places, pixels.shape[-2] + 1, -2)
-    shift = PIXEL.fraction + PATCH_WEIGHT.fraction - ACTIVATION.fraction
-    out = _dot(pixels.reshape(1, -1, pixels.shape[-1]), weight[None], shift)
-    out += recast(bias, BIAS, ACTIVATION)
+    shift = PIXEL.fraction + weight_form.fraction - ACTIVATION.fraction
+    out = _dot(pixels.reshape(1, -1, pixels.shape[-1]), weight[None], max(shift, 0))
+    out = (out << max(-shift, 0)) + recast(bias, BIAS, ACTIVATION)
     out = _keep(out, "patches", tally).reshape(*pixels.shape[:-1], len(weight))
     out = _keep(out + places[1:], "patches", tally)
     return torch.cat([places[:1].expand(*out.shape[:-2], 1, -1), out], -2)
