@@ -46,8 +46,8 @@ class _Gelu(wiring.Component):
         with m.If(go):
             m.d.sync += [
                 valid.eq(Cat(self.x.valid, valid)),
-                size.eq(Mux(x < 0, -x, x)),
-                relu[0].eq(Mux(x < 0, 0, x)),
+                size.eq(Mux(x[-1], -x, x)),
+                relu[0].eq(Mux(x[-1], 0, x)),
                 *(after.eq(before) for before, after in itertools.pairwise(relu)),
             ]
         return go, size, relu[-1]

@@ -53,7 +53,7 @@ class Reciprocal(wiring.Component):
         kept = Signal(len(self.quotient))
         left = Signal(range(self.cycles))
         less = Signal(range(-(1 << width), 1 << width + 1))
-        goes = less >= 0
+        goes = ~less[-1]
         negative = Signal() if self.shape.signed else None
 
         m.d.comb += less.eq(rest - size)
@@ -69,12 +69,12 @@ class Reciprocal(wiring.Component):
         with m.If(self.start):
             divisor = self.divisor
             m.d.sync += [
-                size.eq(Mux(divisor < 0, -divisor, divisor) if self.shape.signed else divisor),
+                size.eq(Mux(divisor[-1], -divisor, divisor) if self.shape.signed else divisor),
                 rest.eq(1 << self.least),
                 left.eq(self.cycles - 1),
             ]
             if negative is not None:
-                m.d.sync += negative.eq(divisor < 0)
+                m.d.sync += negative.eq(divisor[-1])
         if negative is None:
             m.d.comb += self.quotient.eq(kept)
         else:

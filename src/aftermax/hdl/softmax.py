@@ -32,10 +32,11 @@ def _item(width: int) -> data.StructLayout:
 
 
 class _Softmax(wiring.Component):
-    """Both, told apart by what they read; a score goes through five registers: its gap to the
-    maximum, three of the exponential, the weight."""
+    """Both, told apart by how often they read a row."""
 
     READS: int
+    LATENCY = 2 + Exponential.LATENCY
+    """Cycles from a score to its weight: its gap to the maximum, the exponential, the product."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class _Softmax(wiring.Component):
 
     def cycles(self, n: int) -> int:
         """From the first score of a row of n to that of the next, where neither stream waits."""
-        return self.READS * n + 5 + self.reciprocal.cycles
+        return self.READS * n + self.LATENCY + self.reciprocal.cycles
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -109,7 +110,7 @@ class _Softmax(wiring.Component):
                     m.next = "SUM" if one_pass else "MAXIMUM"
 
         behind, rises = Signal(signed(width)), Signal()
-        m.d.comb += [behind.eq(self.maximum - score.value), rises.eq(behind < 0)]
+        m.d.comb += [behind.eq(self.maximum - score.value), rises.eq(behind[-1])]
         with m.If(go):
             m.d.sync += [
                 exponential.gap.eq(Mux(rises, -behind, behind) if one_pass else behind),
