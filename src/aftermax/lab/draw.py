@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aftermax.catalogue import CATALOGUE
+from aftermax.lab.experts_work import ExpertsArm
 from aftermax.lab.outputs import LOSSES, OutputArm, loss_of
 from aftermax.lab.results import Results
 from aftermax.lab.work import Arm
@@ -47,6 +48,8 @@ def look(entry: Any) -> dict[str, Any]:
     """Colour by the system, dashes by the position encoding, a hollow marker for other traits."""
     if isinstance(entry, OutputArm):
         return _look_of_output(entry)
+    if isinstance(entry, ExpertsArm):
+        return _look_of_tower(entry)
     place = [e.name for e in CATALOGUE].index(entry.entry.name)
     own = colour(entry.entry.name)
     traits = set(entry.traits) & {"bare", "hybrid", "layerscale", "gated", "qk-norm"}
@@ -55,6 +58,20 @@ def look(entry: Any) -> dict[str, Any]:
         "marker": MARKERS[place % len(MARKERS)],
         "linestyle": GATED if "gated" in traits else LINES[entry.positions],
         "markerfacecolor": "white" if traits else own,
+    }
+
+
+def _look_of_tower(entry: ExpertsArm) -> dict[str, Any]:
+    """With experts the system's colour, without a grey that darkens with the FLOPs; dashes and a
+    hollow marker where a model has one question alone."""
+    place = [e.name for e in CATALOGUE].index(entry.entry.name)
+    greys = {"dense": "#AAAAAA", "wide": "#222222", "large": "#777777"}
+    own = greys.get(entry.feed, colour(entry.entry.name))
+    return {
+        "color": own,
+        "marker": {"wide": ">", "large": "<"}.get(entry.feed, MARKERS[place % len(MARKERS)]),
+        "linestyle": "--" if entry.alone else "-",
+        "markerfacecolor": "white" if entry.alone or entry.traits else own,
     }
 
 

@@ -16,8 +16,8 @@ from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator, Nul
 
 from aftermax.attention import attention_weights
 from aftermax.catalogue import CATALOGUE
+from aftermax.lab import experts_plots, outliers_plots, output_plots, rates_plots
 from aftermax.lab import needle as needles
-from aftermax.lab import outliers_plots, output_plots, rates_plots
 from aftermax.lab.data.recall import PAIRS
 from aftermax.lab.draw import (
     COLOURS,
@@ -275,6 +275,7 @@ FIGURES: dict[str, Mapping[str, Callable[[Results], Figure | None]]] = {
         "learning_curves": hops_learning_curves,
         "costs": costs,
     },
+    "experts": experts_plots.EXPERTS,
     "rates": rates_plots.RATES,
 }
 """By task. None is no figure: what it would show was not measured."""

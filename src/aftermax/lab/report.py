@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from rich.console import RenderableType
 
 from aftermax.lab import (
+    experts_page,
     hashhop_page,
     labels_page,
     outliers_page,
@@ -30,6 +31,7 @@ PAGES: dict[str, Page] = {
     "words": words_page.PAGE,
     "outliers": outliers_page.PAGE,
     "hashhop": hashhop_page.PAGE,
+    "experts": experts_page.PAGE,
     "rates": rates_page.PAGE,
 }
 """By task."""

@@ -6,6 +6,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
+from aftermax.lab.data.pictures import DENSE
 from aftermax.lab.work import Arm
 
 if TYPE_CHECKING:
@@ -94,6 +95,42 @@ def of_vision(results: Results) -> list[str]:
             f"{entry.title}: {_compared(loss)} {baseline.title}; "
             f"accuracy {word} ({100 * mean:+.1f} ± {100 * half:.1f} points)."
         )
+    return sentences
+
+
+POINT = 0.01
+"""Behind by less than this is as good."""
+
+
+def of_experts(results: Results) -> list[str]:
+    """Experts against each dense tower, several questions against one, systems against the first:
+    by what a question is judged by, in points."""
+    arms = {entry.name: entry for entry in results.arms}
+    first = next((e for e in results.arms if e.feed == "experts" and not e.alone), None)
+    if first is None:
+        return []
+    sentences = []
+    for entry in arms.values():
+        if entry.name == first.name:
+            continue
+        for question in entry.questions:
+            measure = f"{question}_{'iou' if question in DENSE else 'accuracy'}"
+            told = results.difference(measure, first.name, entry.name, 1)
+            cost, theirs = (results.at(e.name, f"{question}_flops", 1) for e in (first, entry))
+            if told is None or cost is None or theirs is None:
+                continue
+            mean, half = told
+            numbers = f"{100 * mean:+.1f} ± {100 * half:.1f} points"
+            if mean - half > -POINT:
+                word = "reach" if mean - half <= 0 else "pass"
+            elif mean + half < -POINT:
+                word = "stay more than a point behind"
+            else:
+                word = "may be within a point of"
+            sentences.append(
+                f"{question}: {first.title} {word} {entry.title} ({numbers}), at "
+                f"{cost.mean / theirs.mean:.2f} of its active FLOPs."
+            )
     return sentences
 
 
@@ -247,5 +284,6 @@ VERDICTS = {
     "words": of_words,
     "outliers": of_outliers,
     "hashhop": of_hashhop,
+    "experts": of_experts,
     "rates": of_rates,
 }
