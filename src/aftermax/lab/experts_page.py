@@ -69,7 +69,8 @@ def intro(results: Results) -> str:
     return (
         f"The same {images['train']} images of {len(results.data['classes'])} classes, "
         f"{work.context} tokens each, and {len(work.questions)} questions about every one "
-        f"({asked}), put to a vision transformer with experts in its odd layers and to dense ones, and judged on "
+        f"({asked}), put to a vision transformer with experts in its odd layers and to dense "
+        f"ones, and judged on "
         f"{images['test']} others. "
         f"{results.seeds} seed{'s' if results.seeds != 1 else ''}, aftermax {__version__}."
     )
