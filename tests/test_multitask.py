@@ -57,7 +57,7 @@ def test_a_block_by_hand():
         part(normed).unflatten(-1, (2, 8)).transpose(1, 2)
         for part in (attend.to_query, attend.to_key, attend.to_value)
     )
-    heads = attention(query, key, value, visible=Visible(causal=False), impl="reference")
+    heads = attention(query, key, value, attn_mask=Visible(causal=False), impl="reference")
     x = x + attend.to_out(heads.transpose(1, 2).flatten(-2))
     normed = torch.nn.functional.layer_norm(
         x, (16,), block.before_feed.weight, block.before_feed.bias, 1e-6
@@ -179,9 +179,12 @@ def test_flops_are_those_that_torch_counts(target, odd_hidden):
 
 @torch.no_grad()
 def test_flops_of_experts_are_those_of_what_was_chosen():
+    """Token by token, which torch counts."""
     model = model_of()
     for block in model.blocks:
         block.attend.impl = "reference"
+    for layer in model.experts:
+        layer.order = "token"
     with FlopCounterMode(display=False) as counted:
         model(images_of(1), "class")
     assert counted.get_total_flops() == SMALL.flops(CLASS)
