@@ -146,8 +146,10 @@ class Pictures:
         if not self.meta["coloured"]:  # ink of any colour
             ink = torch.rand((len(pixels), 3, 1, 1), generator=generator)
             colour = ink.expand_as(colour)
-        back = pieces(held.backs, len(pixels), pixels.shape[-1], generator)
-        images = alpha * colour + (1 - alpha) * back if self.outlined else colour
+        images = colour
+        if self.outlined:
+            back = pieces(held.backs, len(pixels), pixels.shape[-1], generator)
+            images = alpha * colour + (1 - alpha) * back
         answers = {"class": held.labels[chosen], "colour": held.colours[chosen]}
         answers |= {"mask": (alpha[:, 0] >= 0.5).float(), "edges": edges(images)}
         return Asked(images, answers)
