@@ -190,27 +190,25 @@ def used(model: MultiTaskVisionTransformer, routed: dict[str, list[Routing]]) ->
     """
     found: dict[str, float] = {}
     shares: dict[str, Tensor] = {}
+    one = model.experts[0].weight_bytes(1, "token") // model.shape.top_k
     for question, routings in routed.items():
-        images = len(routings[0].index)
-        for order in ("expert", "token"):
-            read = [
-                layer.weight_bytes(_of_image(routing, image), order)
-                for layer, routing in zip(model.experts, routings, strict=True)
-                for image in range(images)
-            ]
-            found[f"{question}_bytes_{order}"] = sum(read) / images
+        tokens = model.shape.tokens
+        found[f"{question}_bytes_token"] = sum(
+            e.weight_bytes(tokens, "token") for e in model.experts
+        )
+        visited = [chosen(routing).any(1).sum(1).double().mean().item() for routing in routings]
+        found[f"{question}_bytes_expert"] = one * sum(visited)
         counts = torch.stack([load(routing) for routing in routings]).double()
         share = shares[question] = counts / counts.sum(1, keepdim=True)
         in_use = (share >= IN_USE / share.shape[1]).sum(1)
         found[f"{question}_experts"] = in_use.double().mean().item()
-        one = model.experts[0].weight_bytes(1) // model.shape.top_k
         found[f"{question}_bytes_held"] = in_use.sum().item() * one
         for layer, expert in itertools.product(*map(range, share.shape)):
             found[f"{question}_share_{layer}_{expert}"] = share[layer, expert].item()
     pairs = list(itertools.combinations(routed, 2))
     if pairs:
         same = [
-            (a.index[..., :, None] == b.index[..., None, :]).any(-1).double().mean().item()
+            (chosen(a) & chosen(b)).sum(-1).double().mean().item() / a.top_k
             for one, other in pairs
             for a, b in zip(routed[one], routed[other], strict=True)
         ]
@@ -220,9 +218,10 @@ def used(model: MultiTaskVisionTransformer, routed: dict[str, list[Routing]]) ->
     return found
 
 
-def _of_image(routing: Routing, image: int) -> Routing:
-    parts = (routing.weights, routing.index, routing.probabilities, routing.logits)
-    return Routing(*(part[image] for part in parts))
+def chosen(routing: Routing) -> Tensor:
+    """bool (..., tokens, experts): where a token goes."""
+    experts = torch.arange(routing.experts)
+    return (routing.index.unsqueeze(-1) == experts).any(-2)
 
 
 @torch.no_grad()

@@ -153,9 +153,12 @@ def settings(results: Results) -> dict[str, str]:
 
 def terminal_table(results: Results) -> Table:
     """Answers and active FLOPs."""
-    shown = answers(results)
-    at_the_end = begin_terminal_table("test split", [*(name for name, _ in shown), "MFLOPs"])
-    _, rows = tables(results)[ANSWERS]
+    best = {q: f"{q}_{'iou' if q in DENSE else 'accuracy'}" for q in results.work.questions}
+    columns = [f"{q} {'IoU' if q in DENSE else ''} %".replace("  ", " ") for q in best]
+    at_the_end = begin_terminal_table("test split", [*columns, "MFLOPs"])
+    _, rows = table(
+        results, columns, [(measure, 1, 1) for measure in best.values()], factors=[100] * len(best)
+    )
     for entry, (_, *cells) in zip(results.arms, rows, strict=True):
         flops = results.at(entry.name, f"{entry.questions[0]}_flops", 1)
         told = "–" if flops is None else f"{flops.mean / 1e6:.1f}"
