@@ -195,7 +195,8 @@ _STANDARD = dataclasses.replace(
         "experts/sigmoid",
         "experts/linear",
     ),
-    steps=1200,
+    steps=1000,
+    search_steps=250,
     learning_rates=(2e-3, 4e-3, 8e-3),
     seeds=(0, 1, 2),
 )

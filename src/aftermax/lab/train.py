@@ -29,6 +29,8 @@ CHECKPOINT_EVERY = 100
 """Steps between checkpoints; any value gives the same numbers."""
 LOG_EVERY = 20
 """Steps between rows of the training loss."""
+STACKED = {"w1", "w2", "gates"}
+"""Matrices of `aftermax.moe`, one for each expert or task, in one parameter."""
 
 
 def train(
@@ -116,11 +118,15 @@ def make_optimiser(model: nn.Module, run: Run) -> torch.optim.Optimizer:
 
 
 def _adamw(model: nn.Module, work: AnyWork) -> torch.optim.Optimizer:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "learned" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "learned" in n]
+    named = dict(model.named_parameters())
+    matrices = {n for n, p in named.items() if p.ndim == 2 and "learned" not in n}
+    matrices |= {n for n in named if n.rpartition(".")[2] in STACKED}
     groups = [
-        {"params": matrices, "weight_decay": work.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {
+            "params": [p for n, p in named.items() if n in matrices],
+            "weight_decay": work.weight_decay,
+        },
+        {"params": [p for n, p in named.items() if n not in matrices], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
