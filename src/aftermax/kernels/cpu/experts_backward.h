@@ -16,22 +16,31 @@ constexpr int64_t COLUMN_BLOCK = 2 * TILE_COLUMNS;
 constexpr int TALL = W == 16 ? 12 : W == 8 ? 6 : 4;
 constexpr int64_t GRADIENT_ROWS = 48;
 
-// keep(i, j, sum) for vector j of row i of A B, over `depth` words: A(i, k) lies at a[i a_row + k a_depth], row k of B at
-// b[k b_step]. With `behind`, each step asks for one line more.
+// What is asked for while something else is multiplied: of rows `step` bytes apart LINES lines each, one row after another,
+// from line number `line` on and before `last`; `count` of them in a step.
+template <int64_t LINES>
 struct Behind {
-  const char* from;
-  int64_t step;  // 0: nothing
+  const char* from = nullptr;
+  int64_t step = 0, line = 0, last = 0, count = 0;
+
+  void ask() {
+    for (int64_t i = 0; i < count && line < last; ++i, ++line) prefetch_l2(from + line / LINES * step + line % LINES * 64);
+  }
 };
-template <class Words, int ROWS, class Keep>
+using Nothing = Behind<1>;
+
+// keep(i, j, sum) for vector j of row i of A B, over `depth` words: A(i, k) lies at a[i a_row + k a_depth], row k of B at
+// b[k b_step].
+template <class Words, int ROWS, class Ask, class Keep>
 static inline void product_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_step, int64_t depth,
-                                Behind behind, const Keep& keep) {
+                                Ask behind, const Keep& keep) {
   float before[ROWS][2 * W];
   for (int64_t from = 0;; from += DEPTH) {
     int64_t to = least(from + DEPTH, depth);
     F sum[ROWS][2];
     for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = set1(0);
     for (int64_t k = from; k < to; ++k) {
-      if (behind.step) prefetch_l2(behind.from + k * behind.step);
+      behind.ask();
       F left = load(b + k * b_step), right = load(b + k * b_step + W);
       for (int i = 0; i < ROWS; ++i) {
         F factor = set1(a[i * a_row + k * a_depth]);
@@ -52,9 +61,9 @@ static inline void product_tile(const float* a, int64_t a_row, int64_t a_depth, 
   }
 }
 
-template <class Words, class Keep>
+template <class Words, class Ask, class Keep>
 static inline void product_rows(int64_t rows, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_step,
-                                int64_t depth, Behind behind, const Keep& keep) {
+                                int64_t depth, Ask behind, const Keep& keep) {
 #define AM_ROWS(n) \
   case n: return product_tile<Words, n < TALL ? n : TALL>(a, a_row, a_depth, b, b_step, depth, behind, keep);
   switch (rows) {
@@ -173,12 +182,18 @@ struct ExpertsBackward {
       }
     }
   }
-  // What is asked for in pass number `pass` over a packed weight: a line of each of its rows, behind its columns.
-  static Behind behind(const T* w, int64_t step, int64_t from, int64_t columns, int64_t pass) {
-    int64_t at = from + COLUMN_BLOCK + pass * (64 / (int64_t)sizeof(T) / IN_WORD);
-    bool any = at < columns && at < from + 2 * COLUMN_BLOCK;
-    if (!any) return {nullptr, 0};
-    return {(const char*)(w + (APART ? from + COLUMN_BLOCK + pass / 2 * 32 + pass % 2 * step : at)), step * IN_WORD * (int64_t)sizeof(T)};
+  // The columns behind those of a packed weight, in pass number `pass` of `passes` over it.
+  static constexpr int64_t LINES = COLUMN_BLOCK * (int64_t)sizeof(T) / 64;
+  static Behind<LINES> behind(const T* w, int64_t step, int64_t rows, int64_t columns, int64_t from, int64_t pass, int64_t passes) {
+    Behind<LINES> ahead;
+    if (from + COLUMN_BLOCK >= columns) return ahead;
+    int64_t deep = (rows + IN_WORD - 1) / IN_WORD;
+    ahead.from = (const char*)(w + from + COLUMN_BLOCK);
+    ahead.step = step * (int64_t)sizeof(T);
+    ahead.last = rows * LINES;
+    ahead.count = (ahead.last + passes * deep - 1) / (passes * deep);
+    ahead.line = pass * deep * ahead.count;
+    return ahead;
   }
 
   // W2^T grad for some columns of an expert, and what follows from it.
@@ -191,12 +206,13 @@ struct ExpertsBackward {
       for (F& v : of_bias) v = set1(0);
       const T* w = (const T*)a.w2 + e * a.w2_step[0];
       if (through && length(e) > 0) pack(w, a.w2_step[1], a.width, a.hidden, from, panel);
+      int64_t passes = (least(MOST_TOKENS, length(e)) + TALL - 1) / TALL * ((many + TILE_COLUMNS - 1) / TILE_COLUMNS);
       for (int64_t at = q.offsets[e], pass = 0; at < q.offsets[e + 1]; at += MOST_TOKENS) {
         int64_t tokens = least(MOST_TOKENS, q.offsets[e + 1] - at);
         for (int64_t j = 0; through && j < many; j += TILE_COLUMNS)
           for (int64_t t = 0; t < tokens; t += TALL, ++pass)
             product_rows<Words>(least(TALL, tokens - t), grad_along + (at + t) * width_along, width_along, 1, panel + j, COLUMN_BLOCK, deep,
-                                behind(w, a.w2_step[1], from, a.hidden, pass),
+                                behind(w, a.w2_step[1], a.width, a.hidden, from, pass, passes),
                                 [&](int i, int v, F sum) { store(g + (t + i) * COLUMN_BLOCK + j + v * W, sum); });
         for (int64_t t = 0; t < tokens; t += IN_WORD)
           differentiate(e, at + t, block, g + t * COLUMN_BLOCK, of_bias);
@@ -253,7 +269,7 @@ struct ExpertsBackward {
                    columns % W == 0 && (uintptr_t)out.data % 64 == 0;
     for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
       for (int64_t i = row; i < last; i += TALL)
-        product_rows<Words>(least(TALL, last - i), left + i, 1, left_step, right + j, right_step, depth(e), Behind{nullptr, 0},
+        product_rows<Words>(least(TALL, last - i), left + i, 1, left_step, right + j, right_step, depth(e), Nothing(),
                             [&](int r, int v, F sum) {
                               int64_t lanes = least(W, columns - j - v * W);
                               T* at = to + (i + r) * columns + j + v * W;
@@ -268,12 +284,13 @@ struct ExpertsBackward {
   void of_tokens(int64_t e, int64_t from, float* panel) {
     if (length(e) == 0) return;
     int64_t deep = (a.hidden + IN_WORD - 1) / IN_WORD, pass = 0;
+    int64_t passes = (length(e) + TALL - 1) / TALL * 2;
     const T* w = (const T*)a.w1 + e * a.w1_step[0];
     pack(w, a.w1_step[1], a.hidden, a.width, from, panel);
     for (int64_t j = 0; j < COLUMN_BLOCK && from + j < a.width; j += TILE_COLUMNS)
       for (int64_t at = q.offsets[e]; at < q.offsets[e + 1]; at += TALL, ++pass)
         product_rows<Words>(least(TALL, q.offsets[e + 1] - at), z_along + at * hidden_along, hidden_along, 1, panel + j, COLUMN_BLOCK, deep,
-                            behind(w, a.w1_step[1], from, a.width, pass),
+                            behind(w, a.w1_step[1], a.hidden, a.width, from, pass, passes),
                             [&](int i, int v, F sum) { store(of_x + (at + i) * width_step + from + j + v * W, sum); });
   }
   void of_second_bias(int64_t e) {
