@@ -265,7 +265,7 @@ struct ExpertsBackward {
     }
     left += first[e] * left_step;
     right += first[e] * right_step;
-    bool streams = sizeof(T) * (size_t)(a.experts * rows * columns) > (size_t)am_last_level_bytes() / 2 &&
+    bool streams = sizeof(T) * (size_t)(a.experts * rows * columns) > (size_t)am_l2_bytes() &&
                    columns % W == 0 && (uintptr_t)out.data % 64 == 0;
     for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
       for (int64_t i = row; i < last; i += TALL)
