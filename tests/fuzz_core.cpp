@@ -1642,6 +1642,186 @@ void try_walk(const am_body_table* body) {
   x.backward(body);
 }
 
+// Numbers of a format, in rows that may lie apart.
+struct Numbers {
+  const Format& f;
+  int64_t rows, length, step;
+  Block block;
+  Numbers(int64_t r, int64_t n, const Format& format, bool given)
+      : f(format), rows(r), length(n), step(given && one_in(3) ? n + between(1, 20) : n),
+        block((r > 0 ? (r - 1) * step + n : 0) * format.bytes, 0xff) {
+    if (!given) return;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t k = 0; k < length; ++k) write(rounded(normal(), f), at(i, k), f);
+  }
+  void* at(int64_t row, int64_t k) const { return block.data + (row * step + k) * f.bytes; }
+  double get(int64_t row, int64_t k) const { return read(at(row, k), f); }
+};
+
+// The experts, forward and backward: every sum with the sum of its absolute terms.
+struct Experts {
+  int64_t tokens, width, hidden, experts, choices;
+  const Format& f;
+  bool pairs;  // whether hidden vectors and their gradients are rounded to bfloat16
+  Numbers x, w1, b1, w2, b2, weights, grad;
+  Array<int64_t> index;
+  am_experts a;
+  std::vector<std::vector<int64_t>> queues;  // of pairs
+
+  Experts(int64_t t, int64_t d, int64_t h, int64_t e, int64_t k, am_dtype dtype, bool rounds)
+      : tokens(t), width(d), hidden(h), experts(e), choices(k), f(FORMATS[dtype]), pairs(rounds && dtype == AM_BFLOAT16),
+        x(t, d, f, true), w1(e * h, d, f, true), b1(e * h, 1, f, false), w2(e * d, h, f, true), b2(e * d, 1, f, false),
+        weights(t * k, 1, FORMATS[0], false), grad(t, d, f, true), index(t * k), queues((size_t)e) {
+    for (Numbers* n : {&b1, &b2, &weights})
+      for (int64_t i = 0; i < n->rows; ++i) write(rounded(normal(), n->f), n->at(i, 0), n->f);
+    int64_t nobody = between(-1, e - 1), chosen = 0;
+    for (int64_t i = 0; i < t * k; ++i) {
+      index[i] = one_in(5) ? -1 : below(e);
+      if (index[i] == nobody) index[i] = -1;
+      chosen += index[i] >= 0;
+    }
+    memset(&a, 0, sizeof a);
+    a.tokens = t;
+    a.width = d;
+    a.hidden = h;
+    a.experts = e;
+    a.choices = k;
+    a.dtype = dtype;
+    a.x = x.block.data;
+    a.w1 = w1.block.data;
+    a.w2 = w2.block.data;
+    a.b1 = one_in(3) ? nullptr : b1.block.data;
+    a.b2 = one_in(3) ? nullptr : b2.block.data;
+    a.x_step = x.step;
+    a.w1_step[1] = w1.step;
+    a.w1_step[0] = h * w1.step;
+    a.w2_step[1] = w2.step;
+    a.w2_step[0] = d * w2.step;
+    a.index = index.begin();
+    a.weights = (const float*)weights.block.data;
+    int64_t limit = t * k;
+    if (one_in(4)) limit = a.capacity = between(1, 6);
+    else if (one_in(4)) {
+      a.capacity_factor = 0.25 * (double)between(1, 6);
+      limit = (int64_t)std::ceil((double)chosen * a.capacity_factor / (double)e);
+    }
+    for (int64_t i = 0; i < t * k; ++i)
+      if (index[i] >= 0 && (int64_t)queues[(size_t)index[i]].size() < limit) queues[(size_t)index[i]].push_back(i);
+  }
+  std::string describe() const {
+    return text("%s (%lld, %lld, %lld), %lld experts, %lld choices, steps %lld %lld %lld, biases %d %d, capacity %lld or %g", f.name,
+                (long long)tokens, (long long)width, (long long)hidden, (long long)experts, (long long)choices, (long long)x.step,
+                (long long)w1.step, (long long)w2.step, a.b1 != nullptr, a.b2 != nullptr, (long long)a.capacity, a.capacity_factor);
+  }
+  static double phi(double z) { return std::erfc(-z / std::sqrt(2.0)) / 2; }
+  static double slope(double z) { return phi(z) + z * std::exp(-z * z / 2) / std::sqrt(6.283185307179586); }
+  // the error of a sum of terms of that size, some of whose factors were rounded
+  double allowed(double size) const { return (6 * ULP + (pairs ? 0x1p-8 : 0)) * size + 1e-37; }
+
+  void run_all(const am_body_table* body) {
+    Numbers out(tokens, width, f, false), of_x(tokens, width, f, false), of_w1(experts * hidden, width, f, false),
+        of_b1(experts * hidden, 1, f, false), of_w2(experts * width, hidden, f, false), of_b2(experts * width, 1, f, false),
+        of_weights(tokens * choices, 1, FORMATS[0], false);
+    Array<float> saved(tokens * choices * hidden);
+    a.out = out.block.data;
+    run({&out.block}, [&](am_parallel with) { return body->experts(&a, with); });
+    std::vector<char> plain = out.block.copy();
+    a.saved = saved.begin();
+    run({&out.block, &saved}, [&](am_parallel with) { return body->experts(&a, with); });
+    if (plain != out.block.copy()) fail("the result hangs on whether z is kept");
+    am_experts_backward b;
+    memset(&b, 0, sizeof b);
+    b.forward = a;
+    b.forward.out = nullptr;
+    b.grad = grad.block.data;
+    b.grad_step = grad.step;
+    bool all = one_in(2);
+    auto some = [&](Numbers& n) { return all || one_in(2) ? (void*)n.block.data : nullptr; };
+    b.grad_x = some(of_x);
+    b.grad_b1 = some(of_b1);
+    b.grad_b2 = some(of_b2);
+    b.grad_weights = (float*)some(of_weights);
+    b.grad_w1.data = some(of_w1);
+    b.grad_w2.data = some(of_w2);
+    run({&of_x.block, &of_b1.block, &of_b2.block, &of_weights.block, &of_w1.block, &of_w2.block},
+        [&](am_parallel with) { return body->experts_backward(&b, with); });
+
+    std::vector<About> y((size_t)(tokens * width)), dx(y.size()), dweight((size_t)(tokens * choices));
+    for (int64_t e = 0; e < experts; ++e) {
+      std::vector<About> dw1((size_t)(hidden * width)), db1((size_t)hidden), dw2(dw1.size()), db2((size_t)width);
+      for (int64_t pair : queues[(size_t)e]) {
+        int64_t t = pair / choices;
+        double weight = weights.get(pair, 0), size = std::fabs(weight);
+        std::vector<double> z((size_t)hidden), zs(z.size()), g(z.size()), gs(z.size());
+        for (int64_t h = 0; h < hidden; ++h) {
+          double bias = a.b1 ? b1.get(e * hidden + h, 0) : 0;
+          z[(size_t)h] = bias;
+          zs[(size_t)h] = std::fabs(bias);
+          for (int64_t d = 0; d < width; ++d) {
+            double term = w1.get(e * hidden + h, d) * x.get(t, d), back = w2.get(e * width + d, h) * grad.get(t, d);
+            z[(size_t)h] += term;
+            zs[(size_t)h] += std::fabs(term);
+            g[(size_t)h] += back;
+            gs[(size_t)h] += std::fabs(back);
+          }
+        }
+        for (int64_t d = 0; d < width; ++d) {
+          double up = grad.get(t, d), bias = a.b2 ? b2.get(e * width + d, 0) : 0;
+          y[(size_t)(t * width + d)].add(weight * bias, size * std::fabs(bias));
+          dweight[(size_t)pair].add(up * bias, std::fabs(up * bias));
+          db2[(size_t)d].add(weight * up, size * std::fabs(up));
+          for (int64_t h = 0; h < hidden; ++h) {
+            double v = w2.get(e * width + d, h), act = z[(size_t)h] * phi(z[(size_t)h]);
+            y[(size_t)(t * width + d)].add(weight * v * act, size * std::fabs(v) * zs[(size_t)h]);
+            dw2[(size_t)(d * hidden + h)].add(weight * up * act, size * std::fabs(up) * zs[(size_t)h]);
+          }
+        }
+        for (int64_t h = 0; h < hidden; ++h) {
+          double s = slope(z[(size_t)h]), dz = weight * g[(size_t)h] * s;
+          // the slope's own slope is below 0.8
+          double dzs = size * gs[(size_t)h] * (1.13 + 0.8 * zs[(size_t)h]);
+          dweight[(size_t)pair].add(g[(size_t)h] * z[(size_t)h] * phi(z[(size_t)h]), gs[(size_t)h] * zs[(size_t)h]);
+          db1[(size_t)h].add(dz, dzs);
+          for (int64_t d = 0; d < width; ++d) {
+            dw1[(size_t)(h * width + d)].add(dz * x.get(t, d), dzs * std::fabs(x.get(t, d)));
+            double w = w1.get(e * hidden + h, d);
+            dx[(size_t)(t * width + d)].add(dz * w, dzs * std::fabs(w));
+          }
+        }
+      }
+      if (b.grad_w1.data) hold(of_w1, e * hidden, dw1, width, "grad_w1");
+      if (b.grad_b1) hold(of_b1, e * hidden, db1, 1, "grad_b1");
+      if (b.grad_w2.data) hold(of_w2, e * width, dw2, hidden, "grad_w2");
+      if (b.grad_b2) hold(of_b2, e * width, db2, 1, "grad_b2");
+    }
+    hold(out, 0, y, width, "out");
+    if (b.grad_x) hold(of_x, 0, dx, width, "grad_x");
+    if (b.grad_weights) hold(of_weights, 0, dweight, 1, "grad_weights");
+  }
+  void hold(const Numbers& got, int64_t first, const std::vector<About>& want, int64_t length, const char* name) const {
+    for (size_t i = 0; i < want.size(); ++i) {
+      int64_t row = (int64_t)i / length, k = (int64_t)i % length;
+      check(got.get(first + row, k), want[i].value, allowed(want[i].error), got.f, name, first + row, k);
+    }
+  }
+};
+
+void try_experts(const am_body_table* body) {
+  auto some = [] { return one_in(3) ? between(1, 12) : one_in(2) ? pick<int64_t>({16, 32, 48, 64}) + between(-2, 2) : between(1, 100); };
+  int64_t tokens = one_in(20) ? 0 : one_in(4) ? between(1, 300) : some(), width = some(), hidden = some(), experts = between(1, 6);
+  int64_t choices = between(1, 4);
+  if (one_in(8)) (one_in(2) ? width : hidden) = between(700, 1700);
+  while (tokens * choices * width * hidden > 800000) {
+    if (choices > 1) choices = 1;
+    else if (tokens > 4) tokens /= 2;
+    else if (width > hidden) width = (width + 1) / 2;
+    else hidden = (hidden + 1) / 2;
+  }
+  Experts e(tokens, width, hidden, experts, choices, (am_dtype)below(2), strcmp(body->name, "avx512bf16") == 0);
+  what += "experts: " + e.describe();
+  e.run_all(body);
+}
+
 void try_memory(const am_body_table* body) {
   int64_t n = one_in(2) ? some_length() : between(1, 200000);
   Array<float> x(n), y(n);
@@ -1678,7 +1858,7 @@ void try_fresh(const am_body_table* body) {
 void try_something(const am_body_table* body, long round) {
   if (round % 3000 == 1000) return try_linear(body, true);
   if (round % 500 == 250) return try_fresh(body);
-  switch (below(20)) {
+  switch (below(22)) {
     case 0: case 1: case 2: case 3: return try_softmax(body);
     case 4: return try_softmax_backward(body);
     case 5: return try_logsumexp(body);
@@ -1689,6 +1869,7 @@ void try_something(const am_body_table* body, long round) {
     case 12: case 13: case 14: case 15: return try_attention(body);
     case 16: return try_count(body);
     case 17: case 18: return try_walk(body);
+    case 19: case 20: return try_experts(body);
     default: return try_memory(body);
   }
 }
