@@ -22,6 +22,7 @@ FILES = (
     "test_attention_operators.py",
     "test_linear_walk.py",
     "test_sparsek.py",
+    "test_moe_kernels.py",
 )
 # compilers and measurements of memory have nothing to say here
 LEFT_OUT = "not compile and not never_whole"

@@ -117,11 +117,14 @@ def calls(draw):
         padding=draw(st.sampled_from((0.0, 0.3, 1.0))),
         seed=draw(st.integers(0, 10**6)),
     )
-    limit = draw(
-        st.sampled_from(({}, {"capacity": 1}, {"capacity": 3}, {"capacity_factor": 0.7}))
-    )
+    limit = draw(st.sampled_from(({}, {"capacity": 1}, {"capacity": 3}, {"capacity_factor": 0.7})))
     wanted = draw(st.tuples(*[st.booleans()] * len(NAMES)))
-    return tensors, index, [w and t is not None for w, t in zip(wanted, tensors, strict=True)], limit
+    return (
+        tensors,
+        index,
+        [w and t is not None for w, t in zip(wanted, tensors, strict=True)],
+        limit,
+    )
 
 
 def test_any_call_equals_float64(body):
@@ -256,7 +259,8 @@ def test_gelu_and_its_derivative_keep_their_digits_in_the_tail(body):
     wide = x.double().flatten()
     below = torch.special.erfc(-wide / 2**0.5) / 2  # 1 + erf has lost its digits there
     density = (-wide.square() / 2).exp() / (2 * torch.pi) ** 0.5
-    assert _ulps(out.flatten(), wide * below) < 4
+    assert _ulps(out.flatten(), wide * below) < 7
+    assert _ulps(out[x > 1], (wide * below)[x.flatten() > 1]) < 2
     exact = below + wide * density
     off = (of_x.flatten().double() - exact).abs()
     assert (off <= 4e-7 * (below + wide.abs() * density)).all()
@@ -292,7 +296,8 @@ def test_torch_finds_nothing_wrong_with_the_operator(name):
                 wanted = (True, False, True, bias, True, bias)
                 torch.library.opcheck(operator, (x, saved, *call, *wanted))
             else:
-                leaves = [t.requires_grad_(t.is_floating_point()) for t in call[:7]]
+                graph = name == "experts"
+                leaves = [t.requires_grad_(graph and t.is_floating_point()) for t in call[:7]]
                 torch.library.opcheck(operator, (*leaves, *call[7:]))
 
 
@@ -385,13 +390,11 @@ def test_errors_say_what_came():
     weights = (layer.w1, layer.b1, layer.w2, layer.b2)
     with pytest.raises(ValueError, match="impl='gpu' is none of 'reference', 'cpu'"):
         expert_layer(x, layer.router(x), *weights, impl="gpu")
-    with pytest.raises(ValueError, match="capacity 1 or capacity_factor 1.0, not both"):
+    with pytest.raises(ValueError, match=r"capacity 1 or capacity_factor 1\.0, not both"):
         expert_layer(x, layer.router(x), *weights, capacity=1, capacity_factor=1.0)
     routing = TaskRouter(4, 3)(x)
     for wrong in (3, -2):
-        there = Routing(
-            routing.weights, routing.index.fill_(wrong), routing.logits, routing.logits
-        )
+        there = Routing(routing.weights, routing.index.fill_(wrong), routing.logits, routing.logits)
         with pytest.raises(ValueError, match="experts 0 to 2, or -1 for none"):
             expert_layer(x, there, *weights)
 
@@ -401,7 +404,13 @@ def test_the_operator_keeps_to_its_memory():
     (x, weights, w1, b1, w2, b2), index = case(5, 4, 6, 3, 2)
     op = torch.ops.aftermax.experts_forward.default
     call = [x, index, weights, w1, b1, w2, b2]
-    for at, wrong in ((1, index + 1), (2, weights[:, :1]), (3, w1[:, :, :3]), (4, b1[:2]), (5, w2[:2])):
+    for at, wrong in (
+        (1, index + 1),
+        (2, weights[:, :1]),
+        (3, w1[:, :, :3]),
+        (4, b1[:2]),
+        (5, w2[:2]),
+    ):
         other = [*call[:at], wrong, *call[at + 1 :]]
         with pytest.raises(RuntimeError, match="aftermax: experts"):
             op(*other, 0, 0.0)

@@ -32,7 +32,7 @@ def experts(
     capacity_factor: float | None,
 ) -> Tensor:
     """(tokens, D) of checked tensors of one dtype; float32 weights and int64 index (tokens, k)."""
-    inputs = (
+    tensors = (
         _rows_whole(x),
         index.contiguous(),
         weights.contiguous(),
@@ -40,15 +40,13 @@ def experts(
         x.new_empty(0) if b1 is None else b1.contiguous(),
         _rows_whole(w2),
         x.new_empty(0) if b2 is None else b2.contiguous(),
-        capacity or 0,
-        capacity_factor or 0.0,
     )
-    wants = torch.is_grad_enabled() and any(inputs[i].requires_grad for i in DIFFERENTIABLE)
-    if not wants:
-        return torch.ops.aftermax.experts_forward.default(*inputs)
+    options = (capacity or 0, capacity_factor or 0.0)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return torch.ops.aftermax.experts_forward.default(*tensors, *options)
     if torch.compiler.is_compiling():
-        return torch.ops.aftermax.experts.default(*inputs)[0]
-    return Differentiable.apply(*inputs)
+        return torch.ops.aftermax.experts.default(*tensors, *options)[0]
+    return Differentiable.apply(*tensors, *options)
 
 
 class Differentiable(torch.autograd.Function):

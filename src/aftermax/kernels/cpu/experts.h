@@ -227,6 +227,10 @@ static int experts_as(const am_experts* a, am_parallel with) {
     x[p] = (const T*)a->x + q.token(p) * a->x_step;
     h[p] = (const H*)hidden.data + p * hidden_step;
   }
+  if (a->saved) {  // rows that nothing was queued for
+    int64_t rest = a->tokens * a->choices - q.pairs;
+    memset(a->saved + q.pairs * a->hidden, 0, sizeof(float) * (size_t)(rest * a->hidden));
+  }
   int failed = each_product<Words>(
       q, a->experts, (const T*)a->w1, a->w1_step, a->b1, a->hidden, a->width, x, with, [&](int64_t p, int64_t i, int lanes, F z) {
         if (a->saved) put(a->saved + p * a->hidden + i, z, lanes);
