@@ -24,11 +24,13 @@ from aftermax.moe.fixedpoint import (
     three_pass_softmax,
 )
 from aftermax.moe.gelu import (
+    GeluPolynomial,
     fixed_gelu,
     gelu_delta,
     gelu_error,
     gelu_table,
     nearest_gelu,
+    polynomial_gelu,
     table_gelu,
 )
 from aftermax.moe.routing import (
@@ -46,6 +48,7 @@ __all__ = [
     "ExpTables",
     "Experts",
     "Fixed",
+    "GeluPolynomial",
     "Queues",
     "Routing",
     "SinglePass",
@@ -71,6 +74,7 @@ __all__ = [
     "load_loss",
     "multiply",
     "nearest_gelu",
+    "polynomial_gelu",
     "recast",
     "router_z_loss",
     "single_pass_softmax",
