@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import random
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from aftermax.hdl import (
     Exponential,
     NearestGelu,
     OnePassSoftmax,
+    PolynomialGelu,
     Reciprocal,
     TableGelu,
     ThreePassSoftmax,
@@ -29,6 +34,7 @@ from aftermax.moe import (
     Fixed,
     fixed_gelu,
     nearest_gelu,
+    polynomial_gelu,
     single_pass_softmax,
     table_exp,
     three_pass_softmax,
@@ -304,6 +310,7 @@ def numbers(form: Fixed, many: int) -> list[int]:
     [
         (TableGelu(), fixed_gelu),
         (NearestGelu(), nearest_gelu),
+        (PolynomialGelu(), polynomial_gelu),
         (TableGelu(Fixed(16, 4), 1 / 4, 5), functools.partial(fixed_gelu, step=1 / 4, limit=5)),
     ],
 )
@@ -338,3 +345,51 @@ def test_verilog_has_the_ports_of_the_streams_and_is_always_the_same():
 def test_units_that_cannot_be_are_refused(unit, error):
     with pytest.raises(ValueError, match=error):
         unit()
+
+
+@pytest.fixture(scope="module")
+def hardware():
+    """benchmarks/hardware.py, which is a script and not on the path."""
+    missing = [name for name in ("yosys", "yosys-config", "g++") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"no {' and no '.join(missing)}")
+    folder = Path(__file__).parent.parent / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location("hardware", folder / "hardware.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["hardware"] = module
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["softmax", "gelu"])
+def test_a_million_numbers_through_the_verilog(hardware, section, tmp_path):
+    bench = hardware.Bench(tmp_path, hardware.Record(None), hardware.Console(quiet=True))
+    hardware.verilog(bench)
+    getattr(hardware, section)(bench)
+    lines = bench.record.lines(section)
+    assert len(lines) == {"softmax": 8, "gelu": 3}[section]
+    for line in lines:
+        assert line["differ"] == 0
+        assert line.get("scores", line.get("random")) >= 1_000_000
+        assert line["cycles"] == line.get("cycles_said", line["cycles"])
+
+
+def test_the_verilog_of_a_unit_is_counted(hardware, tmp_path):
+    (tmp_path / "unit.v").write_text(verilog(TableGelu(Fixed(16, 6), 1 / 4, 5), "unit"))
+    cells = {}
+    for name, script in hardware.SYNTHESIS.items():
+        out = tmp_path / "cells.txt"
+        hardware.yosys(f"read_verilog {tmp_path}/unit.v; " + script.format(top="unit", out=out))
+        cells[name] = hardware.counted(out.read_text())
+    assert cells["xilinx"]["DSP48E2"] == 1
+    assert "DSP48E2" not in cells["xilinx_luts"]
+    assert hardware.luts(cells["xilinx_luts"]) > hardware.luts(cells["xilinx"]) > 0
+    assert set(cells["gates"]) <= {"NAND", "NOR", "NOT", "DFF_P", "transistors", "depth"}
+    assert cells["luts"]["depth"] > 3

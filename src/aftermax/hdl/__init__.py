@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
 
 from aftermax.hdl.emit import verilog
 from aftermax.hdl.exponential import Exponential
-from aftermax.hdl.gelu import NearestGelu, TableGelu
+from aftermax.hdl.gelu import NearestGelu, PolynomialGelu, TableGelu
 from aftermax.hdl.reciprocal import Reciprocal
 from aftermax.hdl.softmax import OnePassSoftmax, ThreePassSoftmax
 
@@ -21,6 +21,7 @@ __all__ = [
     "Exponential",
     "NearestGelu",
     "OnePassSoftmax",
+    "PolynomialGelu",
     "Reciprocal",
     "TableGelu",
     "ThreePassSoftmax",

@@ -1,4 +1,4 @@
-"""GELU of fixed-point numbers: Edge-MoE's table with linear pieces, and a plain table beside it."""
+"""GELU of fixed-point numbers: Edge-MoE's table and lines, a plain table, and a polynomial."""
 
 # Amaranth makes members of what a signature says, and takes more than its types do
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -15,7 +15,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from aftermax.moe.fixedpoint import ACTIVATION, Fixed
-from aftermax.moe.gelu import LIMIT, STEP, gelu_table
+from aftermax.moe.gelu import LIMIT, POLYNOMIAL, STEP, GeluPolynomial, gelu_table
 
 
 class _Gelu(wiring.Component):
@@ -149,4 +149,49 @@ class NearestGelu(_Gelu):
         delta = Mux(beyond, 0, read.data) << self.form.fraction - self.fraction
         with m.If(go):
             m.d.sync += [beyond.eq(index >= len(self.entries)), self.out.payload.eq(relu - delta)]
+        return m
+
+
+class PolynomialGelu(_Gelu):
+    """No table at all: delta as one polynomial, a product a cycle, `aftermax.moe.polynomial_gelu`.
+
+    Args:
+        form: of x and the result, signed.
+        polynomial: by default of nine products, with no larger an error than the paper's table.
+
+    Ports: the streams `x` and `out` of numbers.
+    """
+
+    def __init__(self, form: Fixed = ACTIVATION, polynomial: GeluPolynomial = POLYNOMIAL):
+        if form.fraction < max(polynomial.fraction, polynomial.place - 1):
+            raise ValueError(f"{form} has fewer bits of fraction than {polynomial}")
+        self.polynomial = polynomial
+        self.LATENCY = polynomial.degree + 3  # the size, w, the products, the difference
+        super().__init__(form, 1.0)
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        form, polynomial = self.form, self.polynomial
+        go, size, relu = self._begin(m)
+        first, *rest = polynomial.coefficients()
+        middle = polynomial.middle
+        limit = round(polynomial.limit * 2**form.fraction)
+
+        # w and whether u is beyond, beside each product; sums have the bits that they can need
+        w = [Signal(signed(middle.bit_length() + 1), name=f"w_{i}") for i in range(len(rest))]
+        beyond = Signal(len(rest) + 1)
+        most, before = abs(first), first
+        with m.If(go):
+            m.d.sync += [
+                w[0].eq(size[form.fraction + 1 - polynomial.place :] - middle),
+                beyond.eq(Cat(size >= limit, beyond)),
+                *(after.eq(earlier) for earlier, after in itertools.pairwise(w)),
+            ]
+            for i, coefficient in enumerate(rest):
+                most = (most * middle >> polynomial.place) + 1 + abs(coefficient)
+                total = Signal(range(-most, most + 1), name=f"sum_{i}")
+                m.d.sync += total.eq(((before * w[i]) >> polynomial.place) + coefficient)
+                before = total
+            delta = Mux(beyond[-1], 0, before) << form.fraction - polynomial.fraction
+            m.d.sync += self.out.payload.eq(relu - delta)
         return m
