@@ -26,7 +26,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from aftermax.moe import (
     ExpTables,
     fixed_gelu,
     nearest_gelu,
+    polynomial_gelu,
     single_pass_softmax,
     table_exp,
     three_pass_softmax,
@@ -103,6 +104,7 @@ def units() -> tuple[Unit, ...]:
         out.append(Unit(f"exponential_{guard}", f"{guard} guard bits", made, "exponential"))
     out.append(Unit("table_gelu", "177 entries, linear between", hdl.TableGelu(), "gelu"))
     out.append(Unit("nearest_gelu", "16,673 entries, the nearest", hdl.NearestGelu(), "gelu"))
+    out.append(Unit("polynomial_gelu", "a polynomial", hdl.PolynomialGelu(), "gelu"))
     return tuple(out)
 
 
@@ -201,11 +203,11 @@ def signed(words: Tensor) -> Tensor:
 
 
 def verilog(bench: Bench) -> None:
-    for unit in units():
+    for unit in bench.chosen:
         text = hdl.verilog(unit.made, unit.name)
         (bench.folder / f"{unit.name}.v").write_text(text)
         bench.add("verilog", {"unit": unit.name, "lines": text.count("\n")})
-    bench.console.print(f"Verilog of {len(units())} units in {bench.folder}")
+    bench.console.print(f"Verilog of {len(bench.chosen)} units in {bench.folder}")
 
 
 def exponential(bench: Bench) -> None:
@@ -303,7 +305,9 @@ def rows_of_scores() -> list[Tensor]:
 def gelu(bench: Bench) -> None:
     for unit in bench.of_kind("gelu"):
         simulation = Simulation(unit, bench.folder)
-        integers = fixed_gelu if unit.name == "table_gelu" else nearest_gelu
+        integers = {"table": fixed_gelu, "nearest": nearest_gelu, "polynomial": polynomial_gelu}[
+            unit.name.partition("_")[0]
+        ]
         differ, worst, first, count = 0, 0.0, -(6 << 22), 12 << 22
         for x, out in simulation.of_range(first, count):
             out = signed(out)
@@ -324,7 +328,7 @@ def gelu(bench: Bench) -> None:
 
 
 def cells(bench: Bench) -> None:
-    for unit in units():
+    for unit in bench.chosen:
         line: dict = {"unit": unit.name, "kind": unit.kind, "title": unit.title}
         for name, script in SYNTHESIS.items():
             out = bench.folder / "cells.txt"
@@ -362,9 +366,15 @@ class Bench:
     folder: Path
     record: Record
     console: Console
+    names: Sequence[str] = ()
+    """Of the units that are looked at; all where there are none."""
+
+    @property
+    def chosen(self) -> list[Unit]:
+        return [unit for unit in units() if not self.names or unit.name in self.names]
 
     def of_kind(self, kind: str) -> list[Unit]:
-        return [unit for unit in units() if unit.kind == kind]
+        return [unit for unit in self.chosen if unit.kind == kind]
 
     def add(self, section: str, line: dict) -> None:
         self.record.add(section, line, ("unit",))
@@ -429,12 +439,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--save", type=Path, help="a JSON file to keep the numbers in")
     parser.add_argument("--only", choices=SECTIONS)
+    names = [unit.name for unit in units()]
+    parser.add_argument("--units", nargs="+", choices=names, default=(), metavar="UNIT")
     parser.add_argument("--to", type=Path, default=Path("build/hardware"))
     options = parser.parse_args()
     need("yosys", "yosys-config", "g++")
     torch.set_num_threads(1)
     options.to.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.to, Record(options.save), Console())
+    bench = Bench(options.to, Record(options.save), Console(), options.units)
     bench.record.results["tools"] = versions()
     for section in SECTIONS:
         if section == "verilog" or options.only in (None, section):
