@@ -147,6 +147,7 @@ def beside(
     emulated: Emulated,
     answers: Tensor,
     scores: Callable[[Tensor, Tensor], Mapping[str, float]],
+    name: str = "fixed",
 ) -> dict[str, float]:
     """What the numbers do to the answers of one task.
 
@@ -155,21 +156,23 @@ def beside(
         emulated: of the same images and task.
         answers: what is right.
         scores: (logits, answers) -> measures by name, as `aftermax.lab.experts.scores`.
+        name: that the measures begin with.
 
     Returns:
-        fixed_NAME of each score of the emulation; fixed_same, the share of answers (the largest
-        logit, or the sign of a pixel's) that are the model's; fixed_error, the root mean square of
-        what logits are off by; fixed_wrapped and fixed_clipped, counts of numbers.
+        Each score of the emulation; "same", the share of answers (the largest logit, or the sign of
+        a pixel's) that are the model's; "error", the root mean square of what logits are off by;
+        "wrapped" and "clipped", counts of numbers.
     """
-    found = {f"fixed_{name}": x for name, x in scores(emulated.logits.float(), answers).items()}
+    found = dict(scores(emulated.logits.float(), answers))
     both = logits.double(), emulated.logits
     first, second = (x.argmax(1) if logits.ndim == 2 else x > 0 for x in both)
-    return found | {
-        "fixed_same": (first == second).double().mean().item(),
-        "fixed_error": (both[0] - both[1]).square().mean().sqrt().item(),
-        "fixed_wrapped": float(sum(emulated.tally.wrapped.values())),
-        "fixed_clipped": float(sum(emulated.clipped.values())),
+    found |= {
+        "same": (first == second).double().mean().item(),
+        "error": (both[0] - both[1]).square().mean().sqrt().item(),
+        "wrapped": float(sum(emulated.tally.wrapped.values())),
+        "clipped": float(sum(emulated.clipped.values())),
     }
+    return {f"{name}_{key}": value for key, value in found.items()}
 
 
 class _Numbers:
