@@ -18,9 +18,10 @@ Four queries are walked at once, and the lane of query i starts at key i mod 4: 
 is summed. A block of a score that wraps does so before it meets `scale`. The gate divides, where
 attention multiplies by the reciprocal.
 
-Not public are the vendor's exp, reciprocal and root: here they are exact, and cut. A variance below
-0 or of 0, which cutting can leave in tokens that are nearly constant, has no root: its token
-is counted, and r taken as 0.
+Not public are the vendor's exp, reciprocal and root: here they are exact, and cut. With these in
+their place the released sources give the same bits (test_fixed_released.py). A variance of 0 or
+less, which cutting can leave in tokens that are nearly constant, has no root: its token is counted,
+and r taken as 0.
 
 A `Tally` counts what wrapped: ask it before a model's answers are believed.
 """
@@ -371,6 +372,9 @@ def fixed_experts(
     tally: Tally | None = None,
 ) -> Tensor:
     """sum over the chosen of weight (W2 gelu(W1 x + b1) + b2), expert by expert.
+
+    Where all tokens choose the same expert the released unit waits for a queue that is not filled;
+    here nothing depends on it.
 
     Args:
         x: (..., D) activations.
