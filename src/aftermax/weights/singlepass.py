@@ -211,7 +211,7 @@ FIXED_ONE_PASS = Entry(
     title="softmax in one pass, Q10.22",
     system=FixedOnePassSoftmax(),
     formula="the same, cut to multiples of 2⁻²² after every step",
-    paper="Sarkar et al. 2023 (Edge-MoE), its limit of 511 equal scores mended",
+    paper="ours, after Sarkar et al. 2023 (Edge-MoE): no limit of 511 equal scores",
     arxiv="2305.18691",
     score="dot / √d",
     positivity="exp",
@@ -224,4 +224,5 @@ FIXED_ONE_PASS = Entry(
         "kernel_equals_reference": "there is no kernel for it: it is an emulation",
     },
     claim="None about length; weights below 2⁻²² are 0, more of them in longer rows.",
+    ours=True,
 )
