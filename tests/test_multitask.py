@@ -109,6 +109,21 @@ def test_a_task_is_its_gates_and_its_head():
     assert changed == {f"blocks.{i}.feed.router.gates" for i in (1, 3)}
 
 
+@pytest.mark.parametrize("experts", [4, 0])
+def test_all_tasks_at_once_are_each_by_itself(experts):
+    model = model_of(shape=dataclasses.replace(SMALL, experts=experts)).double()
+    images = images_of().double()
+    found = model.ask_all(images)
+    assert [*found] == ["class", "mask"]
+    for task, (logits, routings) in found.items():
+        alone, others = model(images, task, return_routing=True)
+        assert_close(logits, alone)
+        assert len(routings) == len(others)
+        for ours, theirs in zip(routings, others, strict=True):
+            assert torch.equal(ours.index, theirs.index)
+            assert_close(ours.probabilities, theirs.probabilities)
+
+
 def test_a_step_of_one_task_leaves_the_gates_and_the_head_of_the_other():
     model = model_of()
     model(images_of(), "mask").square().mean().backward()

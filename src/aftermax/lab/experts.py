@@ -104,8 +104,7 @@ def loss(
     model: MultiTaskVisionTransformer, data: Asked, run: Run[ExpertsWork]
 ) -> tuple[Tensor, Tensor]:
     parts, balances = [], []
-    for question in model.tasks:
-        logits, routings = model(data.images, question, return_routing=True)
+    for question, (logits, routings) in model.ask_all(data.images).items():
         parts.append(answer_loss(logits, data.answers[question]))
         if routings:
             balances.append(torch.stack([load_balance(r) for r in routings]).mean())

@@ -150,7 +150,7 @@ class Block(nn.Module):
         self.before_attend, self.attend = nn.LayerNorm(width, eps=EPS), attend
         self.before_feed, self.feed = nn.LayerNorm(width, eps=EPS), feed
 
-    def forward(self, x: Tensor, task: int) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor, task: int | Tensor) -> tuple[Tensor, Routing | None]:
         x = x + self.attend(self.before_attend(x))
         fed = self.before_feed(x)
         if isinstance(self.feed, Experts):
@@ -287,10 +287,12 @@ class MultiTaskVisionTransformer(nn.Module):
     def tower(self, images: Tensor, task: str | int) -> tuple[Tensor, list[Routing]]:
         """(B, C, h, w) -> (B, T, width) after the last norm, and the routing of each layer that has
         experts."""
-        x, routings = self.embed(images), []
-        number = self._number(task)
+        return self._through(self.embed(images), self._number(task))
+
+    def _through(self, x: Tensor, task: int | Tensor) -> tuple[Tensor, list[Routing]]:
+        routings = []
         for block in self.blocks:
-            x, routing = block(x, number)
+            x, routing = block(x, task)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x), routings
@@ -312,17 +314,36 @@ class MultiTaskVisionTransformer(nn.Module):
         Raises:
             ValueError: for images of another shape, or a task that there is not.
         """
-        target = self.targets[self.tasks[self._number(task)]]
         tokens, routings = self.tower(images, task)
-        head = self.heads[target.name]
+        logits = self._answer(tokens, self.tasks[self._number(task)])
+        return (logits, routings) if return_routing else logits
+
+    def ask_all(self, images: Tensor) -> dict[str, tuple[Tensor, list[Routing]]]:
+        """Logits and routings of every task, as `forward` gives them, in one pass.
+
+        With experts the tower has each image once for each task. Without them it is the same for
+        all tasks, and has it once.
+        """
+        x, tasks = self.embed(images), self.tasks
+        if not self.experts:
+            tokens, _ = self._through(x, 0)
+            return {task: (self._answer(tokens, task), []) for task in tasks}
+        numbers = torch.arange(len(tasks), device=x.device).repeat_interleave(len(x))
+        tokens, routings = self._through(x.repeat(len(tasks), 1, 1), numbers)
+        parts = {}
+        for number, task in enumerate(tasks):
+            own = slice(number * len(x), (number + 1) * len(x))
+            parts[task] = self._answer(tokens[own], task), [_of(r, own) for r in routings]
+        return parts
+
+    def _answer(self, tokens: Tensor, task: str) -> Tensor:
+        target, head = self.targets[task], self.heads[task]
         if target.dense:
             side = self.shape.patch
             cut = head(tokens[:, 1:]).unflatten(2, (target.outputs, side, side))
             cut = cut.unflatten(1, self.shape.grid)  # (B, rows, columns, outputs, side, side)
-            logits = cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-        else:
-            logits = head(tokens[:, 0])
-        return (logits, routings) if return_routing else logits
+            return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return head(tokens[:, 0])
 
     def _number(self, task: str | int) -> int:
         tasks = self.tasks
@@ -336,6 +357,11 @@ class MultiTaskVisionTransformer(nn.Module):
     def experts(self) -> list[Experts]:
         """Of the layers that have some."""
         return [block.feed for block in self.blocks if isinstance(block.feed, Experts)]  # type: ignore[misc]
+
+
+def _of(routing: Routing, images: slice) -> Routing:
+    parts = (routing.weights, routing.index, routing.probabilities, routing.logits)
+    return Routing(*(part[images] for part in parts))
 
 
 def _of_layer(weights: Any, layer: int) -> Any:

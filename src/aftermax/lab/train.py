@@ -29,8 +29,8 @@ CHECKPOINT_EVERY = 100
 """Steps between checkpoints; any value gives the same numbers."""
 LOG_EVERY = 20
 """Steps between rows of the training loss."""
-STACKED = {"w1", "w2", "gates"}
-"""Matrices of `aftermax.moe`, one for each expert or task, in one parameter."""
+STACKED = {"w1": True, "w2": True, "gates": True, "b1": False, "b2": False}
+"""Stacks of `aftermax.moe`, one part for each expert or task: whether the parts are matrices."""
 
 
 def train(
@@ -119,8 +119,11 @@ def make_optimiser(model: nn.Module, run: Run) -> torch.optim.Optimizer:
 
 def _adamw(model: nn.Module, work: AnyWork) -> torch.optim.Optimizer:
     named = dict(model.named_parameters())
-    matrices = {n for n, p in named.items() if p.ndim == 2 and "learned" not in n}
-    matrices |= {n for n in named if n.rpartition(".")[2] in STACKED}
+    matrices = {
+        name
+        for name, p in named.items()
+        if STACKED.get(name.rpartition(".")[2], p.ndim == 2 and "learned" not in name)
+    }
     groups = [
         {
             "params": [p for n, p in named.items() if n in matrices],
