@@ -4,13 +4,16 @@ import dataclasses
 import html
 import math
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 
-from aftermax.lab import experts, plots
+from aftermax.cli import main, preset_of
+from aftermax.lab import experts, grid, plots
 from aftermax.lab import train as loop
 from aftermax.lab.data.pictures import DENSE, QUESTIONS
 from aftermax.lab.experts_page import ANSWERS, CAPTIONS, COUNTED, READ
@@ -290,9 +293,9 @@ def test_it_learns(digits):
 def comparison(tmp_path_factory):
     work = dataclasses.replace(
         TINY,
-        systems=("experts/softmax", "dense/softmax", "experts/linear/alone-mask"),
+        systems=("experts/softmax", "dense/linear/alone-mask"),
         seeds=(0, 1, 2),
-        steps=4,
+        steps=2,
     )
     return compared_work(work, tmp_path_factory.mktemp("experts"))
 
@@ -309,7 +312,7 @@ def test_the_command_trains_measures_and_tells(comparison, results):
         assert re.search(rf"{system} +[\d–]", said)
         assert results.at(system, "parameters", 1).count == 3
         assert results.cost(system, "speed_ratio") is not None
-    assert results.at("experts/linear/alone-mask", "class_accuracy", 1) is None
+    assert results.at("dense/linear/alone-mask", "class_accuracy", 1) is None
     text = (out / "report.html").read_text(encoding="utf-8")
     assert "<h1>Do experts, gated by task, see as much as dense layers?</h1>" in text
     figures = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.S)
@@ -322,24 +325,44 @@ def test_tables_hold_what_was_measured(results):
     found = tables(results)
     columns, rows = found[ANSWERS]
     assert columns == ["system", "class: right (%)", "mask: right (%)", "mask: IoU (%)"]
-    assert [row[1].text == "–" for row in rows] == [False, False, True]
+    assert [row[1].text == "–" for row in rows] == [False, True]
     _, counted = found[COUNTED]
-    flops = results.at("dense/softmax", "class_flops", 1).mean
-    assert counted[1][1].text == f"{flops / 1e6:.1f} ± 0.0"
+    flops = results.at("dense/linear/alone-mask", "mask_flops", 1).mean
+    assert counted[1][2].text == f"{flops / 1e6:.1f} ± 0.0"
     _, read = found[READ]
-    assert [row[0].text for row in read] == [
-        "softmax, experts",
-        "linear (elu + 1), experts, mask alone",
-    ]
-    assert terminal_table(results).row_count == 3
+    assert [row[0].text for row in read] == ["softmax, experts"]
+    assert terminal_table(results).row_count == 2
 
 
 def test_figures_are_drawn_and_none_without_experts(results):
     figures = plots.draw(results)
     assert [*figures] == [*CAPTIONS]
-    work = dataclasses.replace(results.work, systems=("dense/softmax",))
+    work = dataclasses.replace(results.work, systems=("dense/linear/alone-mask",))
     assert plots.experts_plots.use(dataclasses.replace(results, work=work)) is None
     plt.close("all")
+
+
+def test_the_command_of_a_report_parses_back(monkeypatch):
+    asked = dataclasses.replace(
+        PRESETS["long"],
+        systems=("wide/softmax/bare", "experts/cosine/alone-edges"),
+        data=Path("a folder/with spaces"),
+        questions=("edges", "class"),
+        mirror=False,
+        balance=0.0,
+    )
+    taken = []
+
+    def stop(work, *_):
+        taken.append(work)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid, "compare", stop)
+    assert preset_of(asked).startswith("long --task experts --systems wide/softmax/bare ")
+    monkeypatch.setattr("sys.argv", ["aftermax", "compare", *shlex.split(preset_of(asked))])
+    with pytest.raises(SystemExit):
+        main()
+    assert taken == [asked]
 
 
 def test_a_trained_model_is_found_again(comparison):

@@ -248,7 +248,9 @@ def prepare(
             np.ascontiguousarray(found.pixels[places].transpose(0, 3, 1, 2))
         )
         tensors[f"{name}.labels"] = torch.tensor([found.labels[i] for i in places])
-        tensors[f"{name}.colours"] = torch.tensor([dominant(found.pixels[i]) for i in places])
+        tensors[f"{name}.colours"] = torch.tensor(
+            [dominant(found.pixels[i]) if found.coloured else 0 for i in places]
+        )
         for i, back in enumerate(backs.get(name, ())):
             tensors[f"{name}.back{i}"] = back
     content = hashlib.sha256(f"1 {found.classes} {found.coloured} {found.outlined}".encode())
