@@ -31,6 +31,8 @@
     aftermax export --out aftermax-outliers --to docs/results/outliers_one_rate.parquet
     aftermax compare full --task rates --out aftermax-rates
     aftermax export --out aftermax-rates --to docs/results/rates.parquet
+    aftermax compare standard --task experts --out aftermax-experts
+    aftermax export --out aftermax-experts --to docs/results/experts.parquet
     make figures
 
 What stands between `<!-- name -->` and `<!-- /name -->` in README.md and docs/*.md is written here;
@@ -55,6 +57,7 @@ import labels_results
 import linear_results
 import longvq_results
 import matplotlib
+import multitask_results
 import outlier_results
 import output_results
 import rate_results
@@ -89,6 +92,7 @@ PAGES = (
     DOCS / "longvq.md",
     DOCS / "output.md",
     DOCS / "images.md",
+    DOCS / "multitask.md",
     DOCS / "labels.md",
     DOCS / "huggingface.md",
     DOCS / "serving.md",
@@ -339,6 +343,14 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "rate-claims": compared(RATES, rate_results.claims),
     "rate-tables": compared(RATES, rate_results.others),
     "rate-settings": compared(RATES, settings_list),
+    "multitask-reach": measured(
+        multitask_results.STANDARD, lambda: multitask_results.reach(multitask_results.STANDARD)
+    ),
+    "multitask-use": measured(multitask_results.UNBALANCED, multitask_results.use),
+    "multitask-icons": measured(multitask_results.ICONS, multitask_results.icons),
+    "multitask-verdicts": compared(multitask_results.STANDARD, verdicts),
+    "multitask-tables": compared(multitask_results.STANDARD, all_tables),
+    "multitask-settings": compared(multitask_results.STANDARD, settings_list),
     "image-tables": compared(IMAGES, all_tables),
     "image-verdicts": compared(IMAGES, verdicts),
     "image-settings": compared(IMAGES, settings_list),
@@ -383,6 +395,7 @@ def main() -> None:
             ours = {"row_maps": plots.row_maps(), "row_lengths": kernel_results.row_lengths()}
             ours["injectivity"] = plots.injectivity(studies.injectivity_measured())
             ours["soft_conditioning"] = studies.soft_conditioning()
+            ours["multitask_images"] = multitask_results.figure()
             if studies.MQAR.exists():
                 ours["mqar"] = plots.mqar(studies.mqar_study())
             if studies.NEEDLE.exists():
@@ -416,6 +429,7 @@ def main() -> None:
             "word": WORDS,
             "outlier": OUTLIERS,
             "rate": RATES,
+            "multitask": multitask_results.STANDARD,
         }
         for kind, path in others.items():
             if path.exists():
