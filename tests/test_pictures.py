@@ -110,7 +110,7 @@ def test_packages_are_fetched_once_by_apt_itself(tmp_path, monkeypatch):
     def download(command, cwd, **_):
         asked.append(command)
         for name in command[2:]:
-            (cwd / f"{name}_1_all.deb").write_bytes(b"")
+            (Path(cwd) / f"{name}_1_all.deb").write_bytes(b"")
         return subprocess.CompletedProcess(command, 0, b"", b"")
 
     monkeypatch.setattr(icons.shutil, "which", lambda name: name)
@@ -124,6 +124,7 @@ def test_packages_are_fetched_once_by_apt_itself(tmp_path, monkeypatch):
     assert [path.name for path in icons.packages_of(tmp_path / "p")] == [
         "x-icons_1_all.deb", "y-icons_1_all.deb", "z-icons_1_all.deb",
     ]  # fmt: skip
+    assert len([*(tmp_path / "p").iterdir()]) == 3
 
 
 def test_without_apt_or_where_it_fails_the_command_is_told(tmp_path, monkeypatch):

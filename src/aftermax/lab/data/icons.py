@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -78,15 +79,18 @@ def fetch(folder: Path, packages: Iterable[str] = PACKAGES) -> Path:
             f"\n{HOW_TO_FETCH}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        ["apt-get", "download", *missing], cwd=folder, capture_output=True, check=False
-    )
-    if done.returncode:
-        problem = done.stderr.decode(errors="replace").strip().splitlines()
-        raise ValueError(
-            f"apt-get download {' '.join(missing)}: {problem[-1] if problem else 'failed'}. "
-            f"By hand:\n{HOW_TO_FETCH}"
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # a package is there whole or not
+        done = subprocess.run(
+            ["apt-get", "download", *missing], cwd=scratch, capture_output=True, check=False
         )
+        if done.returncode:
+            problem = done.stderr.decode(errors="replace").strip().splitlines()
+            raise ValueError(
+                f"apt-get download {' '.join(missing)}: {problem[-1] if problem else 'failed'}. "
+                f"By hand:\n{HOW_TO_FETCH}"
+            )
+        for package in packages_of(Path(scratch)):
+            package.replace(folder / package.name)
     return folder
 
 
