@@ -52,6 +52,14 @@ def test_neither_order_overflows(order):
     assert_close(found, scores.softmax(-1), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_rows_of_half_precision_sum_to_one(dtype):
+    scores = torch.zeros(1, 4096, dtype=dtype)
+    found = one_pass_weights(scores, torch.ones_like(scores, dtype=torch.bool))
+    assert found.dtype == dtype
+    assert found.double().sum() == 1  # each 2^-12
+
+
 def test_what_overflowed_is_not_a_number_as_in_softmax():
     scores = torch.tensor([[0.0, torch.inf], [0.0, torch.nan], [0.0, -torch.inf]])
     seen = torch.ones_like(scores, dtype=torch.bool)
@@ -138,8 +146,11 @@ def test_scores_beyond_the_format_rest_at_its_edge_or_wrap():
     seen = torch.ones_like(scores, dtype=torch.bool)
     assert fixed_one_pass_weights(scores, seen).tolist() == [[1.0, 0.0, 0.0]]
     # 600 is -424 in ten bits, -2000 is 48
-    hardware = fixed_one_pass_weights(scores, seen, corrected=False)
+    with pytest.warns(RuntimeWarning, match="1 of 1 rows went out of the range"):
+        hardware = fixed_one_pass_weights(scores, seen, corrected=False)
     assert hardware.tolist() == [[0.0, 0.0, 1.0]]
+    # what is hidden never comes to the unit: no warning, which would be an error
+    fixed_one_pass_weights(scores, scores.abs() < 500, corrected=False)
 
 
 def test_what_is_not_finite_turns_its_row_into_nan():

@@ -44,13 +44,14 @@ def one_pass_weights(scores: Tensor, visible: Tensor) -> Tensor:
         visible: bool, broadcastable to `scores`.
 
     Returns:
-        Weights of the shape of `scores`; a row sums to 1, or to 0 where it sees nothing.
+        Weights of the shape of `scores`; a row sums to 1, or to 0 where it sees nothing. Half
+        precision is summed in float32: a sum of ones in bfloat16 would end at 256.
 
     >>> one_pass_weights(torch.tensor([[0.0, 0.0, 9.0]]), torch.tensor([[True, True, False]]))
     tensor([[0.5000, 0.5000, 0.0000]])
     """
-    hidden = ~visible
-    scores = scores.masked_fill(hidden, -math.inf)
+    hidden, dtype = ~visible, scores.dtype
+    scores = scores.to(torch.promote_types(dtype, torch.float32)).masked_fill(hidden, -math.inf)
     # the weights are the same for every m, and their derivative by it is 0
     fixed = scores.detach()
     maximum = torch.full_like(fixed[..., :1], -math.inf)
@@ -62,7 +63,8 @@ def one_pass_weights(scores: Tensor, visible: Tensor) -> Tensor:
         maximum = higher
     base = maximum.masked_fill(maximum == -math.inf, 0)
     share = 1 / total.masked_fill(total == 0, 1)
-    return ((scores - base).exp() * share).masked_fill(hidden, 0)  # so too is its gradient
+    weights = ((scores - base).exp() * share).masked_fill(hidden, 0)  # so too is its gradient
+    return weights.to(dtype)
 
 
 def fixed_one_pass_weights(
@@ -113,9 +115,13 @@ def _one_pass(scores: Tensor, visible: Tensor, width: int, integer: int, correct
     if not scores.numel():
         return scores.new_empty(scores.shape)
     found = single_pass_softmax(form.encode(values), form, corrected, visible)
-    if wrapped := int(found.wrapped.sum()):
+    wrapped_rows = found.wrapped
+    if not corrected:  # a score may have wrapped before the unit saw it
+        scaled = torch.ldexp(values, torch.tensor(form.fraction)).floor()
+        wrapped_rows = wrapped_rows | ~form.fits(scaled).all(-1, keepdim=True)
+    if wrapped := int(wrapped_rows.sum()):
         warnings.warn(
-            f"{wrapped} of {found.wrapped.numel()} rows went out of the range of {form}: their "
+            f"{wrapped} of {wrapped_rows.numel()} rows went out of the range of {form}: their "
             "weights are those of the hardware, and no softmax (corrected=True has no such limit)",
             RuntimeWarning,
             stacklevel=2,
