@@ -318,7 +318,7 @@ def test_a_folder_with_alpha_has_masks_and_one_without_has_none(tmp_path):
     assert clear.held_out("train").answers["mask"].mean().item() == pytest.approx(0.25)
     opaque = prepare("digits", folder_of(tmp_path / "opaque", False), 16, 0, tmp_path / "out")
     assert (opaque.outputs("class"), opaque.outputs("edges"), opaque.outputs("colour")) == (2, 1, 9)
-    with pytest.raises(ValueError, match="has no transparency to take masks from"):
+    with pytest.raises(ValueError, match=r"no transparency .* masks.*--questions class edges"):
         opaque.outputs("mask")
     asked, held = opaque.held_out("test"), opaque.splits["test"]
     assert torch.equal(asked.images, held.pixels[:, :3].float() / 255)
@@ -332,6 +332,16 @@ def test_the_same_pixels_in_a_folder_are_taken_once(tmp_path):
     found = prepare("digits", folder, 16, 0, tmp_path / "out")
     assert found.meta["repeated"] == 3
     assert sum(len(held.labels) for held in found.splits.values()) == 15
+
+
+def test_images_of_two_classes_may_be_numbered_alike(tmp_path):
+    folder = folder_of(tmp_path / "in", True)
+    for name in ("one", "two"):
+        for i, path in enumerate(sorted((folder / name).glob("*.png"))):
+            path.rename(path.with_name(f"{i}.png"))
+    found = prepare("digits", folder, 16, 0, tmp_path / "out")
+    assert sum(found.meta["families"].values()) == 15
+    assert all(set(held.labels.tolist()) == {0, 1} for held in found.splits.values())
 
 
 @pytest.mark.parametrize(

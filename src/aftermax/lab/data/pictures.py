@@ -112,10 +112,12 @@ class Pictures:
         if question == "mask" and not self.outlined:
             raise ValueError(
                 f"{self.name} has no transparency to take masks from; "
-                "--tasks class edges would be right"
+                "--questions class edges would be right"
             )
         if question == "colour" and not self.meta["coloured"]:
-            raise ValueError(f"{self.name} has no colours of its own; leave the task colour out")
+            raise ValueError(
+                f"{self.name} has no colours of its own; leave colour out of --questions"
+            )
         return {"class": len(self.classes), "colour": len(COLOURS)}.get(question, 1)
 
     def random(self, count: int, shift: int, mirror: bool, generator: torch.Generator) -> Asked:
@@ -350,8 +352,8 @@ def _icons(packages: list[Path], size: int) -> _Found:
 
 
 def _folder(data: Path, size: int) -> _Found:
-    """A folder for each class; a file's name without its digits is no family here: photographs are
-    numbered."""
+    """A folder for each class; a file's name without its digits is no family here, nor one that two
+    classes have: photographs are numbered."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     pixels, labels, stems, classes = [], [], [], []
@@ -367,7 +369,7 @@ def _folder(data: Path, size: int) -> _Found:
             except OSError as error:
                 raise OSError(f"--data: {path} cannot be read: {error}") from None
             labels.append(len(classes))
-            stems.append(path.resolve().stem)
+            stems.append(f"{folder.name}/{path.resolve().stem}")
         if len(pixels) > before:
             classes.append(folder.name)
     if len(classes) < 2:
