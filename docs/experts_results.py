@@ -113,7 +113,8 @@ def gelu_table() -> str:
 def fixed_softmax() -> str:
     """Errors of the one-pass softmax in Q10.22."""
     lines = [
-        "| scores | deviation | error of a weight | of the sum | weights of 0 | corrected: weight | sum |"
+        "| scores | deviation | error of a weight | of the sum | weights of 0 "
+        "| corrected: of a weight | of the sum |"
     ]
     lines.append("| --: |" + " --: |" * 6)
     found = {
