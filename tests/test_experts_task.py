@@ -221,7 +221,21 @@ def test_use_by_hand(digits):
 def test_dense_towers_have_no_experts_to_measure(digits):
     model = build(run_of(digits, system="dense/softmax/alone-class"), digits)[0]
     found = {row.measure for row in experts.evaluate(model, TINY, digits, 0)}
+    found = {measure for measure in found if "_fixed" not in measure and "_float" not in measure}
     assert found == {"class_loss", "class_accuracy", "class_flops", "parameters", "bytes"}
+
+
+def test_only_softmax_has_a_form_in_fixed_point(digits):
+    rows = {}
+    for system in ("dense/softmax", "dense/sigmoid"):
+        model = build(run_of(digits, system=system), digits)[0]
+        rows[system] = {row.measure: row.value for row in experts.evaluate(model, TINY, digits, 0)}
+    ours, none = (rows[system] for system in rows)
+    assert not any("fixed" in measure for measure in none)
+    assert ours["mask_fixed_patches_same"] > 0.99
+    assert ours["mask_fixed_wrapped"] == 0
+    assert ours["class_fixed_same"] <= 1
+    assert ours["mask_float_accuracy"] == pytest.approx(ours["mask_accuracy"], abs=0.2)
 
 
 # the one loop

@@ -8,7 +8,8 @@ tower runs once for each (its gates, its head), as in M3ViT. The loss is the sum
 Measured are answers on a test split that no run and no choice has seen: the share that is right,
 and for questions of pixels the intersection over union of what is a yes and of what should be one,
 over all pixels of the test together. What a model reads of its weights for one image is counted, no
-measured traffic.
+measured traffic. What a model on softmax answers in the fixed-point numbers of Edge-MoE is measured
+beside it, on the first images of the test.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ from torch import Tensor
 
 from aftermax.lab.data.pictures import DENSE, Asked, Pictures
 from aftermax.lab.data.pictures import prepare as prepare_pictures
+from aftermax.lab.experts_fixed import beside, emulate, refusal
 from aftermax.lab.experts_work import ExpertsArm, ExpertsWork
 from aftermax.lab.measure import TOKENS_AT_ONCE
 from aftermax.lab.multitask import MultiTaskVisionTransformer, Shape, Target
 from aftermax.lab.store import Row
 from aftermax.lab.work import Run
 from aftermax.moe import Routing, load, load_balance
+from aftermax.moe.fixedpoint import LINEAR_WEIGHT, PATCH_WEIGHT
 
 MEMORY_BATCHES = 4
 """Batches of the step whose memory is measured."""
+FIXED_IMAGES = 256
+"""Of the test split, that are answered in Edge-MoE's numbers as well."""
 IN_USE = 0.1
 """Of an even share of the choices: an expert that gets less is not in use for a question."""
 
@@ -170,11 +175,33 @@ def evaluate(
         for name, value in scores(logits, asked.answers[question]).items():
             found[f"{question}_{name}"] = value
         found[f"{question}_flops"] = model.shape.flops(target, linear)
+        if refusal(model) is None:
+            found |= in_fixed_point(model, pictures, asked, question, logits)
     found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     found["bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
     if model.experts:
         found |= used(model, routed)
     return [Row(step, work.context, measure, value) for measure, value in found.items()]
+
+
+def in_fixed_point(
+    model: MultiTaskVisionTransformer,
+    pictures: Pictures,
+    asked: Asked,
+    question: str,
+    logits: Tensor,
+) -> dict[str, float]:
+    """QUESTION_fixed_.. in the published formats; QUESTION_fixed_patches_.. where the weights of
+    patches may pass 1/2 (they have two bits before the point, as all others); QUESTION_float_..
+    the model's own scores of the same images."""
+    mean, sd = pictures.moments
+    images, right = asked.images[:FIXED_IMAGES], asked.answers[question][:FIXED_IMAGES]
+    logits = logits[:FIXED_IMAGES]
+    found = {f"float_{name}": value for name, value in scores(logits, right).items()}
+    for name, form in {"fixed": PATCH_WEIGHT, "fixed_patches": LINEAR_WEIGHT}.items():
+        fixed = emulate(model, images, question, mean=mean, sd=sd, patch_form=form)
+        found |= beside(logits, fixed, right, scores, name)
+    return {f"{question}_{name}": value for name, value in found.items()}
 
 
 def used(model: MultiTaskVisionTransformer, routed: dict[str, list[Routing]]) -> dict[str, float]:

@@ -6,8 +6,9 @@ from rich.table import Table
 
 from aftermax import __version__
 from aftermax.lab.data.pictures import DENSE, EDGE
-from aftermax.lab.experts import IN_USE, MEMORY_BATCHES, told
+from aftermax.lab.experts import FIXED_IMAGES, IN_USE, MEMORY_BATCHES, told
 from aftermax.lab.page import (
+    Cell,
     Page,
     Tables,
     cost_row,
@@ -50,6 +51,7 @@ CAPTIONS = {
 
 ANSWERS = "Answers about pictures never seen (the test split)"
 COUNTED = "What an image costs, counted"
+FIXED = f"The same answers in Edge-MoE's numbers ({FIXED_IMAGES} images)"
 READ = "What an image reads of its experts, counted (kB)"
 
 
@@ -107,6 +109,7 @@ def tables(results: Results) -> Tables:
              ("shared_use", 1, 1)],
             best=None, factors=[*[1] * len(questions), 100, 100],
         ),
+        FIXED: fixed(results),
         "Cost of training": (
             ["system", "learning rate", "training speed, ratio (range)", "images/s",
              f"peak MiB of {MEMORY_BATCHES * results.work.batch} images"],
@@ -119,7 +122,33 @@ def tables(results: Results) -> Tables:
         found[title] = (columns, own)
         if not own:
             del found[title]
+    if not found[FIXED][1]:
+        del found[FIXED]
     return found
+
+
+def fixed(results: Results) -> tuple[list[str], list[list[Cell]]]:
+    """Of the arms that have such a form: in floating point, in the published numbers, with patches
+    whose weights may pass 1/2, and how many answers are the same as in floating point."""
+    columns, cells = [], []
+    for question in results.work.questions:
+        score = "iou" if question in DENSE else "accuracy"
+        told = "IoU" if question in DENSE else "right"
+        columns += [
+            f"{question}: {told} (%)", "fixed point", "patches <16,2>", "same answers (%)",
+            "patches <16,2>",
+        ]  # fmt: skip
+        cells += [
+            (f"{question}_{way}", 1, 2)
+            for way in (
+                f"float_{score}", f"fixed_{score}", f"fixed_patches_{score}", "fixed_same",
+                "fixed_patches_same",
+            )
+        ]  # fmt: skip
+    columns, rows = table(results, columns, cells, best=None, factors=[100] * len(cells))
+    asked = [f"{q}_fixed_same" for q in results.work.questions]
+    own = [any(results.at(e.name, m, 1) is not None for m in asked) for e in results.arms]
+    return columns, [row for row, has in zip(rows, own, strict=True) if has]
 
 
 def settings(results: Results) -> dict[str, str]:
