@@ -9,9 +9,10 @@ first, which makes a queue of tokens for each expert, and then walks over the ex
 
     for each expert:    out[queue] += weight * (W2 act(W1 x[queue] + b1) + b2)
 
-The sum is the same, the reads fall from tokens * k to at most E. Here this is plain PyTorch, with
-two yardsticks that give the same numbers: "token", and "dense", which runs every expert on every
-token and keeps what was chosen.
+The sum is the same, the reads fall from tokens * k to at most E. The reference is plain PyTorch,
+with two yardsticks that give the same numbers: "token", and "dense", which runs every expert on
+every token and keeps what was chosen. On the CPU a compiled kernel does the walk over the experts,
+forward and backward: queues, gather, products, gelu and weighted sum in one call.
 
 The released top_k forgets its best entries when the next score is smaller; ours sorts.
 """

@@ -267,18 +267,26 @@ struct ExpertsBackward {
     right += first[e] * right_step;
     bool streams = sizeof(T) * (size_t)(a.experts * rows * columns) > (size_t)am_l2_bytes() &&
                    columns % W == 0 && (uintptr_t)out.data % 64 == 0;
-    for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
+    auto tile = [&](int64_t i, int64_t j) {
+      product_rows<Words>(least(TALL, last - i), left + i, 1, left_step, right + j, right_step, depth(e), Nothing(),
+                          [&](int r, int v, F sum) {
+                            int64_t lanes = least(W, columns - j - v * W);
+                            T* at = to + (i + r) * columns + j + v * W;
+                            if (lanes <= 0) return;
+                            if (streams)
+                              stream(at, sum);
+                            else
+                              put(at, sum, (int)lanes);
+                          });
+    };
+    // along the rows that are written, unless what is right of them is more than the second cache keeps
+    if (depth(e) * right_step * 4 <= am_l2_bytes() / 2) {
       for (int64_t i = row; i < last; i += TALL)
-        product_rows<Words>(least(TALL, last - i), left + i, 1, left_step, right + j, right_step, depth(e), Nothing(),
-                            [&](int r, int v, F sum) {
-                              int64_t lanes = least(W, columns - j - v * W);
-                              T* at = to + (i + r) * columns + j + v * W;
-                              if (lanes <= 0) return;
-                              if (streams)
-                                stream(at, sum);
-                              else
-                                put(at, sum, (int)lanes);
-                            });
+        for (int64_t j = 0; j < columns; j += TILE_COLUMNS) tile(i, j);
+    } else {
+      for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
+        for (int64_t i = row; i < last; i += TALL) tile(i, j);
+    }
     if (streams) fence();
   }
   void of_tokens(int64_t e, int64_t from, float* panel) {
