@@ -14,6 +14,7 @@
     python benchmarks/longvq.py --save docs/results/longvq.json
     python benchmarks/mqar.py --save docs/results/mqar.json
     python benchmarks/needle.py --save docs/results/needle.json
+    python benchmarks/hardware.py --save docs/results/hardware.json
     python benchmarks/in_context.py --save docs/results/in_context.json
     python benchmarks/output.py --save docs/results/output.json
     python benchmarks/soft_topk.py --save docs/results/soft_topk.json
@@ -49,6 +50,7 @@ from pathlib import Path
 
 import closeness_results
 import experts_results
+import hardware_results
 import hf_results
 import in_context_results
 import kernel_results
@@ -106,6 +108,7 @@ PAGES = (
     DOCS / "rates.md",
     DOCS / "in_context.md",
     DOCS / "experts.md",
+    DOCS / "hardware.md",
 )
 
 
@@ -290,6 +293,10 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
             "posthoc": hf_results.posthoc,
             "distilled": hf_results.distilled,
         }.items()
+    },
+    **{
+        f"hardware-{name}": measured(hardware_results.HARDWARE, block)
+        for name, block in hardware_results.BLOCKS.items()
     },
     "injectivity": lambda _: studies.injectivity_table(),
     "mqar": lambda _: studies.mqar_page(),

@@ -55,7 +55,9 @@ class _Softmax(wiring.Component):
         super().__init__({"scores": In(item), "weights": Out(item)})
         self.maximum = Signal(signed(form.width), init=form.lowest)
         bits = form.fraction + longest.bit_length()
-        self.total = Signal(unsigned(bits) if corrected else signed(form.width))
+        # the register of the sum has the reciprocal later on: the one thing that is multiplied
+        held = max(bits, form.fraction + GUARD + 1)
+        self.total = Signal(unsigned(held) if corrected else signed(form.width))
         if corrected:  # a sum that does not wrap is 1 or more
             power, least = 2 * form.fraction + GUARD, form.fraction
             self.reciprocal = Reciprocal(unsigned(bits), power, power - least + 1, least)
@@ -126,8 +128,7 @@ class _Softmax(wiring.Component):
             m.d.sync += self.maximum.eq(form.lowest)
 
         power, share = exponential.power, reciprocal.quotient
-        # the multiplier serves both passes, as they never meet in it
-        product = (Mux(end.weighs, share, total) if one_pass else share) * power
+        product = total * power
         new = total + power
         if one_pass:
             new = Mux(end.rises, (product >> form.fraction) + one, new)
@@ -142,6 +143,8 @@ class _Softmax(wiring.Component):
                 m.d.sync += total.eq(new)
             with m.If(end.weighs & end.last):
                 m.d.sync += total.eq(0)
+        with m.If(reciprocal.done):
+            m.d.sync += total.eq(share)
         return m
 
 
