@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import random
 import shutil
@@ -395,3 +396,11 @@ def test_the_verilog_of_a_unit_is_counted(hardware, tmp_path):
     assert totals["LUTs alone"] > totals["LUTs"] > 0
     assert totals["NAND, NOR, NOT"] > totals["LUTs alone"]
     assert totals["depth"] > 3
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("aftermax.hdl")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "amaranth", None)
+    with pytest.raises(ImportError, match=r"pip install 'aftermax\[hdl\]'"):
+        importlib.import_module("aftermax.hdl")

@@ -5,9 +5,9 @@ are, what they were compared with and how large they are: docs/hardware.md.
 """
 
 try:
-    import amaranth  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
+    import amaranth as _  # noqa: F401
+except ImportError as error:  # the base install is the library alone
+    raise ImportError(
         f"aftermax.hdl needs Amaranth: pip install 'aftermax[hdl]' ({error})"
     ) from None
 
