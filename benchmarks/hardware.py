@@ -212,25 +212,29 @@ def verilog(bench: Bench) -> None:
 
 
 def exponential(bench: Bench) -> None:
-    """On 0 to 2^26 - 1, all that the tables have a place for; then zeros."""
-    for unit in bench.of_kind("exponential"):
-        guard = int(unit.name.rpartition("_")[2])
-        simulation = Simulation(unit, bench.folder)
-        counts = dict.fromkeys(("differ", "one_above", "otherwise", "rises"), 0)
-        before = torch.tensor([1 << 22])
-        for gap, power in simulation.of_range(0, 1 << 26):
-            exact = exp(-gap)
+    """On 0 to 2^26 - 1, all that the tables have a place for, and some beyond."""
+    chosen = bench.of_kind("exponential")
+    simulations = [Simulation(unit, bench.folder) for unit in chosen]
+    counts = [dict.fromkeys(("differ", "one_above", "otherwise", "rises"), 0) for _ in chosen]
+    before = [torch.tensor([1 << 22]) for _ in chosen]
+    runs = zip(*(simulation.of_range(0, 1 << 26) for simulation in simulations), strict=True)
+    for pieces in runs:
+        gap = pieces[0][0]
+        exact = exp(-gap)
+        for i, (unit, (_, power)) in enumerate(zip(chosen, pieces, strict=True)):
+            guard = unit.made.tables.guard
             wanted = exact if guard > FITS else table_exp(-gap, guard=guard)
-            counts["differ"] += int((power != wanted).sum())
-            counts["one_above"] += int((power == exact + 1).sum())
-            counts["otherwise"] += int(((power < exact) | (power > exact + 1)).sum())
-            counts["rises"] += int((torch.cat([before, power]).diff() > 0).sum())
-            before = power[-1:]
-        beyond = torch.tensor([1 << bit for bit in range(26, 33)] + [(1 << 33) - 1])
+            counts[i]["differ"] += int((power != wanted).sum())
+            counts[i]["one_above"] += int((power == exact + 1).sum())
+            counts[i]["otherwise"] += int(((power < exact) | (power > exact + 1)).sum())
+            counts[i]["rises"] += int((torch.cat([before[i], power]).diff() > 0).sum())
+            before[i] = power[-1:]
+    beyond = torch.tensor([1 << bit for bit in range(26, 33)] + [(1 << 33) - 1])
+    for unit, simulation, count in zip(chosen, simulations, counts, strict=True):
         out, _ = simulation.of_words(beyond, len(beyond))
-        counts["differ"] += int(out.count_nonzero())
-        line = {"unit": unit.name, "guard": guard, "gaps": 1 << 26, "nonzero": LAST + 1}
-        bench.add("exponential", line | counts)
+        count["differ"] += int(out.count_nonzero())
+        line = {"unit": unit.name, "guard": unit.made.tables.guard}
+        bench.add("exponential", line | {"gaps": 1 << 26, "nonzero": LAST + 1} | count)
 
 
 def softmax(bench: Bench) -> None:
