@@ -195,8 +195,8 @@ _STANDARD = dataclasses.replace(
         "experts/sigmoid",
         "experts/linear",
     ),
-    steps=1000,
-    search_steps=250,
+    steps=800,
+    search_steps=200,
     learning_rates=(2e-3, 4e-3, 8e-3),
     seeds=(0, 1, 2),
 )
