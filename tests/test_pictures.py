@@ -12,6 +12,7 @@ from PIL import Image
 
 from aftermax.lab.data import icons, pictures
 from aftermax.lab.data.pictures import COLOURS, STRIPS, Pictures, dominant, edges, pieces, prepare
+from aftermax.lab.experts_work import ExpertsWork
 
 SIZE = 8
 
@@ -360,6 +361,9 @@ def test_what_cannot_be_prepared_is_refused(tmp_path, make, size, message):
 
 
 def test_what_cannot_be_asked_is_refused(digits):
+    work = ExpertsWork(questions=("class", "edges"), systems=("experts/softmax",))
+    with pytest.raises(ValueError, match="of class, edges; leave the model out of --systems"):
+        work.arm("experts/softmax/alone-mask")
     with pytest.raises(ValueError, match="there is no task depth; there are class, colour, mask"):
         digits.outputs("depth")
     with pytest.raises(ValueError, match="has no colours of its own"):

@@ -150,7 +150,8 @@ class ExpertsWork(AttentionWork):
         alone = [t.removeprefix("alone-") for t in traits if t.startswith("alone-")]
         if len(alone) > 1 or not set(alone) <= set(self.questions):
             raise ValueError(
-                f"{name}: a model alone has one question, of {', '.join(self.questions)}"
+                f"{name}: a model alone has one question, of {', '.join(self.questions)}; "
+                "leave the model out of --systems, or ask its question by --questions"
             )
         others = [t for t in traits if not t.startswith("alone-")]
         if refused := {"hybrid", "layerscale"} & set(others):
