@@ -26,6 +26,8 @@ from aftermax.moe import (
     table_gelu,
 )
 
+from .native import needs_kernels
+
 F64 = torch.float64
 SEEDS = st.integers(0, 10**6)
 ORDERS = ("expert", "token", "dense")
@@ -423,6 +425,38 @@ def test_bytes_count_what_is_routed():
     assert times == [2, 6, 8]
 
 
+# ---- with torch ----------------------------------------------------------------------------------
+
+
+def test_a_layer_of_no_tokens_has_gradients():
+    """Those of a sum are one number at every place: no row of them is whole."""
+    layer = Experts(4, 6, experts=3)
+    for x in (torch.zeros(0, 4), torch.zeros(4, 0).mT, torch.zeros(2, 0, 4)):
+        x = x.requires_grad_()
+        layer(x).sum().backward()
+        assert x.grad.shape == x.shape
+    assert not layer.w1.grad.any()
+
+
+@needs_kernels
+def test_autocast_casts_what_differs():
+    """As behind a linear layer: tokens in bfloat16, weights in float32."""
+    layer, x = Experts(16, 24, experts=4), torch.randn(9, 16).bfloat16()
+    routing = layer.router(x)
+    parameters = (layer.w1, layer.b1, layer.w2, layer.b2)
+    half = [p.bfloat16() for p in parameters]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = expert_layer(x, routing, *parameters, impl="cpu")
+    assert torch.equal(out, expert_layer(x, routing, *half, impl="cpu"))
+    out.sum().backward()
+    assert layer.w1.grad.dtype == torch.float32
+
+
+def test_a_capacity_beyond_all_numbers_is_none():
+    index = torch.tensor([[0], [0], [2]])
+    assert dispatch(index, 3, capacity_factor=1e300).lengths.tolist() == [2, 0, 1]
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
@@ -451,6 +485,7 @@ def test_bytes_count_what_is_routed():
         (lambda: dispatch(torch.zeros(3), 3), r"integers \(tokens, k\), got torch.float32"),
         (lambda: dispatch(torch.tensor([[0]]), 3, 1, 1.0), "capacity 1 or capacity_factor 1.0"),
         (lambda: dispatch(torch.tensor([[0]]), 3, 0), "capacity must be above 0, got 0"),
+        (lambda: dispatch(torch.tensor([[0]]), 3, 2.5), "capacity must be whole, got 2.5"),
         (lambda: Experts(4, 6, 3, order="each")(torch.zeros(2, 4)), "order must be one of"),
         (lambda: Experts(4, 6, 3).weight_bytes(2, "each"), "order must be one of"),
         (lambda: load_loss(TaskRouter(4, 3)(torch.zeros(2, 4)), -1), "noise must be 0 or more"),

@@ -103,7 +103,7 @@ def _sorted(
     kept, counts = of >= 0, bounds.diff()
     limit = capacity
     if factor is not None:
-        limit = (counts.sum().double() * factor / experts).ceil().long()
+        limit = (counts.sum().double() * factor / experts).ceil().clamp_max(len(of)).long()
     if limit is not None:
         place = torch.arange(len(of), device=of.device) - bounds[of.clamp_min(0)]
         kept = kept & (place < limit)
@@ -128,6 +128,8 @@ def _check_dispatch(
     for name, number in {"capacity": capacity, "capacity_factor": factor}.items():
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{name} must be above 0, got {number}")
+    if isinstance(capacity, float):
+        raise ValueError(f"capacity must be whole, got {capacity}; a share is capacity_factor")
 
 
 def _of_pairs(order: Tensor, kept: Tensor, index: Tensor) -> Tensor:
@@ -249,12 +251,14 @@ def _refusal(
     if x.dtype not in _KERNEL_DTYPES:
         return f"the kernel takes float32 and bfloat16, not {x.dtype}"
     others = [t.dtype for t in tensors if t is not weights and t.dtype != x.dtype]
+    if _autocasts(x):  # which casts them all, as it does for a linear layer
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return f"autocast asks for {torch.get_autocast_dtype('cpu')}"
+        others = [dtype for dtype in others if dtype not in _KERNEL_DTYPES]
     if others:
         return f"x is {x.dtype} and a weight {others[0]}; they must agree"
     if 0 in (weights.shape[-1], *w1.shape):
         return f"there is nothing to multiply (w1 {tuple(w1.shape)}, k = {weights.shape[-1]})"
-    if _autocasts(x) and torch.get_autocast_dtype("cpu") != torch.bfloat16:
-        return f"autocast asks for {torch.get_autocast_dtype('cpu')}"
     return None
 
 

@@ -916,7 +916,7 @@ struct Experts {
         !w1.is(x.dtype) || !w2.is(x.dtype))
       fail("experts: w1 and w2 do not fit x or each other");
     for (const Tensor* t : {&x, &w1, &w2})
-      if (t->sizes[t->dim - 1] > 1 && t->strides[t->dim - 1] != 1) fail("experts: rows must be whole");
+      if (t->count > 0 && t->sizes[t->dim - 1] > 1 && t->strides[t->dim - 1] != 1) fail("experts: rows must be whole");
     if (index.sizes[0] != a.tokens || !index.contiguous() || !index.is(torch.aoti_torch_dtype_int64()) ||
         weights.count != index.count || !weights.contiguous() || !weights.is(torch.aoti_torch_dtype_float32()))
       fail("experts: index must be int64 and weights float32, (tokens, choices), contiguous");
@@ -973,7 +973,7 @@ void experts_backward(Value* stack, uint64_t, uint64_t) {
   b.forward = of.a;
   const am_experts& a = of.a;
   if (grad.dim != 2 || grad.sizes[0] != a.tokens || grad.sizes[1] != a.width || !grad.is(of.x.dtype) ||
-      (a.width > 1 && grad.strides[1] != 1))
+      (grad.count > 0 && a.width > 1 && grad.strides[1] != 1))
     fail("experts: grad does not fit the result");
   if (saved.count != a.tokens * a.choices * a.hidden || !saved.contiguous() || !saved.is(torch.aoti_torch_dtype_float32()))
     fail("experts: what was saved does not fit");
