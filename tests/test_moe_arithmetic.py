@@ -24,6 +24,7 @@ from aftermax.moe import (
     recast,
     single_pass_softmax,
     table_gelu,
+    three_pass_softmax,
 )
 from aftermax.moe.fixedpoint import exp
 
@@ -185,10 +186,21 @@ def test_scores_further_apart_than_the_format_wrap_unless_corrected():
     assert_close(ACTIVATION.decode(found.weights), wanted, rtol=0, atol=2.0**-21)
 
 
+@pytest.mark.parametrize("form", [Fixed(24, 2), Fixed(16, 3), Fixed(22, 4), Fixed(32, 6)])
+@pytest.mark.parametrize("softmax", [single_pass_softmax, three_pass_softmax])
+def test_few_bits_before_the_point_keep_the_weights_of_far_scores(form, softmax):
+    """exp of a difference that the format does not hold is no 0 there."""
+    edge = 2.0 ** (form.integer - 1) - 0.1
+    scores = form.encode(torch.tensor([edge, -edge, 0.0], dtype=torch.float64))
+    wanted = form.decode(scores).softmax(-1)
+    found = softmax(scores, form, corrected=True)
+    assert_close(form.decode(found.weights), wanted, rtol=0, atol=2.0 ** (3 - form.fraction))
+
+
 def test_rows_of_nothing_are_refused():
     with pytest.raises(ValueError, match="at least one score"):
         single_pass_softmax(torch.zeros(2, 0, dtype=torch.int64))
-    for form in (Fixed(8, 0, signed=False), Fixed(32, 2), Fixed(8, 10)):
+    for form in (Fixed(8, 0, signed=False), Fixed(32, 2), Fixed(8, 10), Fixed(16, 1)):
         with pytest.raises(ValueError, match="signed format"):
             single_pass_softmax(torch.zeros(2, 3, dtype=torch.int64), form)
     with pytest.raises(ValueError, match="64 bits"):

@@ -300,9 +300,10 @@ class SinglePass:
 
 def check_single_pass(form: Fixed) -> None:
     """Raise ValueError for a format that `single_pass_softmax` cannot compute in."""
-    if not form.signed or not 0 <= 2 * form.fraction <= 62 - GUARD:
+    if not form.signed or not 0 <= 2 * form.fraction <= 62 - GUARD or form.integer < 2:
         raise ValueError(
-            f"one pass needs a signed format of 0 to {31 - GUARD // 2} bits of fraction, got {form}"
+            f"one pass needs a signed format of 0 to {31 - GUARD // 2} bits of fraction, and 2 or "
+            f"more before the point for a weight of 1, got {form}"
         )
 
 
@@ -335,7 +336,7 @@ def single_pass_softmax(
     tensor([0.9999, 0.9999], dtype=torch.float64)
     """
     visible = _checked(scores, form, corrected, visible)
-    one = 1 << form.fraction
+    one, of_gap = 1 << form.fraction, _of_gap(form, corrected)
     maximum = torch.full_like(scores[..., :1], form.lowest)
     total = torch.zeros_like(maximum)
     wrapped = torch.zeros_like(maximum, dtype=torch.bool)
@@ -346,7 +347,7 @@ def single_pass_softmax(
     for score, seen in zip(scores.split(1, -1), visible.split(1, -1), strict=True):
         gap = maximum - score  # in one bit more, so that its sign is right
         higher = gap < 0
-        power = _power(kept(-gap.abs()), form, exp)
+        power = _power(kept(-gap.abs()), of_gap, exp)
         new = torch.where(higher, (total * power >> form.fraction) + one, total + power)
         # the first gap is one to the lowest number there is, and multiplies a sum of 0
         wrapped |= seen & (~form.fits(new) | (~form.fits(-gap.abs()) & (total != 0)))
@@ -380,7 +381,7 @@ def three_pass_softmax(
     visible = _checked(scores, form, corrected, visible)
     maximum = scores.masked_fill(~visible, form.lowest).amax(-1, keepdim=True)
     gaps = torch.where(visible, scores - maximum, 0)
-    powers = _power(gaps if corrected else form.wrap(gaps), form, exp)
+    powers = _power(gaps if corrected else form.wrap(gaps), _of_gap(form, corrected), exp)
     sums = torch.where(visible, powers, 0).cumsum(-1)
     total = sums[..., -1:] if corrected else form.wrap(sums[..., -1:])
     weights, bad = _weights(scores, visible, maximum, total, form, corrected, exp)
@@ -419,8 +420,16 @@ def _weights(
     gaps = torch.where(visible, scores - maximum, 0)
     share = (one << form.fraction + guard) // total.masked_fill(total == 0, one)
     bad = ~form.fits(gaps).all(-1, keepdim=True) | (total <= 0) | ~form.fits(share >> guard)
-    weights = _power(kept(gaps), form, exp) * kept(share) >> form.fraction + guard
+    powers = _power(kept(gaps), _of_gap(form, corrected), exp)
+    weights = powers * kept(share) >> form.fraction + guard
     return torch.where(visible, kept(weights), 0), bad & visible.any(-1, keepdim=True)
+
+
+def _of_gap(form: Fixed, corrected: bool) -> Fixed:
+    """The format that differences of two scores keep to: with a bit more they all fit. 32 bits have
+    6 or more before the point here, and the exponential of -32 is below their last."""
+    wider = corrected and form.width < 32
+    return Fixed(form.width + 1, form.integer + 1) if wider else form
 
 
 def _power(gap: Tensor, form: Fixed, exp: Callable[[Tensor, Fixed], Tensor]) -> Tensor:
