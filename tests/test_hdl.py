@@ -147,6 +147,7 @@ def test_tables_that_do_not_fit_are_refused():
             [1, 2, 3, -1, -2, -3, ONE, -ONE, ONE - 1, ONE + 1, 2**31 - 1, -(2**31), 511 * ONE],
         ),
         (Reciprocal(unsigned(33), 54, 33, least=22), [ONE, ONE + 1, 600 * ONE, 2**33 - 1]),
+        (Reciprocal(signed(32), 8, 32), [1, 3, -3, 1 << 8, -(1 << 8), 1 << 9]),
     ],
 )
 def test_the_reciprocal_is_cut_towards_minus_infinity(unit, divisors):
@@ -235,17 +236,21 @@ def test_the_softmax_units_are_their_integers(unit, corrected, guard):
 
 
 @pytest.mark.parametrize("unit", SOFTMAX)
-@pytest.mark.parametrize("form", [Fixed(16, 6), Fixed(20, 12)])
-def test_other_formats_and_streams_that_wait(unit, form):
+@pytest.mark.parametrize(
+    ("form", "corrected"),
+    [(Fixed(16, 6), True), (Fixed(20, 12), True), (Fixed(12, 8), False), (Fixed(8, 3), True)],
+)
+def test_other_formats_and_streams_that_wait(unit, form, corrected):
     chance = random.Random(2)
-    many = [
+    many = [[form.highest] * 9, [form.highest] * 3, [form.lowest, form.highest], [3]]
+    many += [
         [chance.randint(form.lowest, form.highest) >> chance.choice([0, 3]) for _ in range(n)]
         for n in (1, 2, 5, 9)
     ]
-    found = of_rows(unit(form, corrected=True, longest=9, guard=6), many, stalls=0.4)
+    found = of_rows(unit(form, corrected=corrected, longest=9, guard=6), many, stalls=0.4)
     power = functools.partial(table_exp, guard=6)
     for row, weights in zip(many, found, strict=True):
-        wanted = SOFTMAX[unit](torch.tensor(row), form, corrected=True, exp=power)
+        wanted = SOFTMAX[unit](torch.tensor(row), form, corrected=corrected, exp=power)
         assert weights == wanted.weights.tolist()
 
 
@@ -313,6 +318,7 @@ def numbers(form: Fixed, many: int) -> list[int]:
         (NearestGelu(), nearest_gelu),
         (PolynomialGelu(), polynomial_gelu),
         (TableGelu(Fixed(16, 4), 1 / 4, 5), functools.partial(fixed_gelu, step=1 / 4, limit=5)),
+        (TableGelu(Fixed(12, 6), 1, 1), functools.partial(fixed_gelu, step=1, limit=1)),
     ],
 )
 @pytest.mark.parametrize("stalls", [0, 0.3])
@@ -337,6 +343,8 @@ def test_verilog_has_the_ports_of_the_streams_and_is_always_the_same():
     [
         (lambda: OnePassSoftmax(Fixed(16, 6, signed=False)), "signed"),
         (lambda: ThreePassSoftmax(longest=0), "at least one score"),
+        (lambda: OnePassSoftmax(Fixed(16, 1)), "2 or more before the point"),
+        (lambda: OnePassSoftmax(Fixed(6, 2)), "corrected=True"),
         (lambda: TableGelu(Fixed(16, 6, signed=False)), "signed"),
         (lambda: TableGelu(Fixed(8, 6)), "finer"),
         (lambda: NearestGelu(Fixed(16, 6)), "coarser"),

@@ -83,7 +83,7 @@ class TableGelu(_Gelu):
         m = Module()
         shift = self.shift
         go, size, relu = self._begin(m)
-        most = max(entry for entry, _ in self.entries)
+        most = max(itertools.chain(*self.entries))
         furthest = max(abs(above - entry) for entry, above in self.entries)
         distances = Shape(furthest.bit_length() + 1, signed=True)
         held = data.StructLayout({"entry": most.bit_length(), "distance": distances})

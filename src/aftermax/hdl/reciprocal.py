@@ -75,6 +75,8 @@ class Reciprocal(wiring.Component):
             ]
             if negative is not None:
                 m.d.sync += negative.eq(divisor[-1])
+            if len(kept) >= self.cycles:  # what is not shifted out
+                m.d.sync += kept.eq(0)
         if negative is None:
             m.d.comb += self.quotient.eq(kept)
         else:

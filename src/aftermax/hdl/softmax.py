@@ -22,7 +22,7 @@ from amaranth.lib.wiring import In, Out
 
 from aftermax.hdl.exponential import Exponential
 from aftermax.hdl.reciprocal import Reciprocal
-from aftermax.moe.fixedpoint import ACTIVATION, GUARD, ExpTables, Fixed
+from aftermax.moe.fixedpoint import ACTIVATION, GUARD, ExpTables, Fixed, check_single_pass
 
 _MARK = data.StructLayout({"sums": 1, "weighs": 1, "last": 1, "rises": 1})
 
@@ -45,12 +45,13 @@ class _Softmax(wiring.Component):
         longest: int = 1024,
         guard: int = 8,
     ):
-        if not form.signed:
-            raise ValueError(f"scores are signed, got {form}")
+        check_single_pass(form)
         if longest < 1:
             raise ValueError(f"a row has at least one score, got longest={longest}")
         self.form, self.corrected, self.longest = form, corrected, longest
         self.tables = ExpTables(form, guard)
+        if not corrected and sum(self.tables.bits) >= form.width:
+            raise ValueError(f"differences of {form} wrap where exp is not 0 yet: corrected=True")
         item = stream.Signature(_item(form.width))
         super().__init__({"scores": In(item), "weights": Out(item)})
         self.maximum = Signal(signed(form.width), init=form.lowest)
