@@ -310,3 +310,18 @@ def test_shapes_and_numbers_that_do_not_fit():
         fixed_patches(x, x, x[:1, 0], x.new_zeros(2, 2))
     with pytest.raises(ValueError, match="1 to the 4 experts"):
         fixed_gate(x.new_zeros(2, 5), w, 5)
+    with pytest.raises(ValueError, match=r"weight must be \(outputs, inputs\), got \(5,\)"):
+        fixed_linear(x.new_zeros(2, 5), w[0])
+    with pytest.raises(ValueError, match="key must have 3 in dimension -1"):
+        fixed_attention(x, w, w)
+    with pytest.raises(ValueError, match="value must have 2 in dimension -2"):
+        fixed_attention(x, x, w)
+    with pytest.raises(ValueError, match=r"a key to see, got \(0, 3\)"):
+        fixed_attention(x, x[:0], x[:0])
+    w1, w2 = x.new_zeros(2, 4, 3), x.new_zeros(2, 3, 4)
+    with pytest.raises(ValueError, match="experts 0 to 1, or -1 for none, got 2 to 2"):
+        fixed_experts(x, x[:, :1] + 2, x[:, :1], w1, None, w2, None)
+    with pytest.raises(ValueError, match="are -2147483648 to 2147483647, got 0 to 2147483648"):
+        ACTIVATION.decode(torch.tensor([0, 2**31]))
+    with pytest.raises(ValueError, match="finite, got infinity or NaN"):
+        ACTIVATION.encode(torch.tensor([0.0, torch.inf]))

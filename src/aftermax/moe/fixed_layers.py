@@ -151,6 +151,8 @@ def fixed_linear(
     """
     ACTIVATION.check(x)
     LINEAR_WEIGHT.check(weight)
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be (outputs, inputs), got {tuple(weight.shape)}")
     _check_width("x", x, weight.shape[-1])
     out = _dot(x.reshape(1, -1, x.shape[-1]), weight[None], LINEAR_WEIGHT.fraction)
     if bias is not None:
@@ -306,6 +308,10 @@ def fixed_attention(
     """
     for x in (query, key, value):
         ACTIVATION.check(x)
+    _check_width("key", key, query.shape[-1])
+    _check_width("value", value, key.shape[-2], -2)
+    if key.shape[-2] == 0:
+        raise ValueError(f"attention needs a key to see, got {tuple(key.shape)}")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     lead, tokens = query.shape[:-2], key.shape[-2]
     q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
@@ -384,6 +390,11 @@ def fixed_experts(
     """
     flat, index = x.reshape(-1, x.shape[-1]), index.reshape(-1, index.shape[-1])
     weights = weights.reshape(index.shape)
+    if bool(((index < -1) | (index >= len(w1))).any()):
+        raise ValueError(
+            f"index must be experts 0 to {len(w1) - 1}, or -1 for none, "
+            f"got {int(index.min())} to {int(index.max())}"
+        )
     out = torch.zeros_like(flat)
     for expert in range(len(w1)):
         token, choice = (index == expert).nonzero(as_tuple=True)

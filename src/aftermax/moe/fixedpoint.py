@@ -76,8 +76,9 @@ class Fixed:
     def encode(self, x: Tensor) -> Tensor:
         """Floating point -> raw: cut and wrapped, exactly. Finite numbers alone."""
         if not x.is_floating_point() or not bool(x.isfinite().all()):
+            what = "infinity or NaN" if x.is_floating_point() else str(x.dtype)
             raise ValueError(
-                f"a fixed-point form has what is floating point and finite, got {x.dtype}"
+                f"a fixed-point form has what is floating point and finite, got {what}"
             )
         scaled = torch.ldexp(x.double(), torch.tensor(self.fraction)).floor()
         return self.wrap(torch.fmod(scaled, 2.0**self.width).long())
@@ -101,8 +102,13 @@ class Fixed:
         Raises:
             ValueError: for another dtype than int64, or numbers out of range.
         """
-        if raw.dtype != torch.int64 or not bool(self.fits(raw).all()):
-            raise ValueError(f"raw values of {self} are int64 in its range, got {raw.dtype}")
+        if raw.dtype != torch.int64:
+            raise ValueError(f"raw values of {self} are int64, got {raw.dtype}")
+        if not bool(self.fits(raw).all()):
+            raise ValueError(
+                f"raw values of {self}, int64, are {self.lowest} to {self.highest}, "
+                f"got {int(raw.min())} to {int(raw.max())}"
+            )
 
 
 ACTIVATION = Fixed(32, 10)
