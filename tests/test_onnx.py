@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import aftermax
 from aftermax import CATALOGUE, Attention, Entry, RowMap, Visible
 from aftermax.dense import as_system
+from aftermax.moe import Experts
 
 from .attention_cases import assert_within, truth
 from .cases import F64, Case, case_of
 from .linear_cases import DRAWS, EPS, TIMES, UNITS
+from .native import normal
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -195,3 +198,11 @@ def test_the_kernels_are_back_after_an_export():
     before = aftermax.explain(x, x, x)
     torch.onnx.export(Rows().eval(), (torch.randn(3, 9),), verbose=False)
     assert aftermax.explain(x, x, x) == before
+
+
+def test_experts_are_one_graph_at_other_lengths():
+    """Every expert on every token, as there are no queues; equal scores go to the lower number."""
+    layer = Experts(8, 12, experts=4, renormalise=True)
+    run = in_onnxruntime(layer, (normal(2, 5, 8),), ({1: OPEN},))
+    for x in (normal(2, 9, 8, seed=1), torch.zeros(2, 3, 8)):
+        assert_close(run(x), layer(x).detach(), rtol=0, atol=1e-6)

@@ -30,6 +30,7 @@ from torch.nn.functional import gelu, linear
 
 from aftermax.kernels import expert_ops
 from aftermax.moe.routing import Routing, TaskRouter
+from aftermax.reference import onnx_export
 from aftermax.rows import PLAIN_IMPLS, use_kernels
 
 Order = Literal["expert", "token", "dense"]
@@ -162,7 +163,8 @@ def expert_layer(
         w2, b2: (E, D, H) and (E, D), or None.
         activation: elementwise; the exact gelu, or `table_gelu`.
         order: "expert" walks over queues, "token" over (token, choice), "dense" over all experts
-            with all tokens; the numbers are the same.
+            with all tokens; the numbers are the same. In ONNX, which has no queues, the last, and
+            no capacity.
         capacity, capacity_factor: as in `dispatch`. With either, a token hangs on earlier ones.
         impl: "reference" (plain torch), or "cpu": the compiled kernel, for the order "expert" and
             the exact gelu, in float32 and bfloat16. None picks the kernel where it can. It gathers,
@@ -205,9 +207,13 @@ def expert_layer(
         return linear(hidden, down[expert].to(wide), second)
 
     out = torch.zeros_like(flat, dtype=wide)
-    if order == "dense":
-        pairs, kept, _ = _sorted(index, len(w1), capacity, capacity_factor)
-        index = index.masked_fill(~_of_pairs(pairs, kept, index), -1)
+    dropless = capacity is None and capacity_factor is None
+    if order == "dense" or (onnx_export() and dropless):  # ONNX has no queues
+        if not dropless:
+            pairs, kept, _ = _sorted(index, len(w1), capacity, capacity_factor)
+            index = index.masked_fill(~_of_pairs(pairs, kept, index), -1)
+        else:
+            _check_dispatch(index, len(w1), None, None)
         flat = flat.masked_fill((index < 0).all(-1, keepdim=True), 0)
         for expert in range(len(w1)):
             mine = index == expert

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aftermax.reference import onnx_export
+
 
 @dataclass(frozen=True, eq=False)
 class Routing:
@@ -144,7 +146,10 @@ class TaskRouter(nn.Module):
         probabilities = logits.softmax(-1)
         # of the logits, which still differ where small probabilities are rounded to equal ones;
         # topk leaves open which of equal ones it takes
-        index = logits.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
+        if onnx_export():  # ONNX has no stable sort, and its TopK takes the lower number of equals
+            index = logits.topk(self.top_k).indices
+        else:
+            index = logits.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
         weights = probabilities.gather(-1, index)
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
