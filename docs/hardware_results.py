@@ -45,10 +45,10 @@ def exponential() -> str:
         "| --: | --: | --: | --: | --: | --: |",
     ]
     for line in _section("exponential"):
-        exact = line["nonzero"] - line["one_above"] - line["otherwise"]
+        exact = line["gaps"] - line["one_above"] - line["otherwise"]
         parts.append(
             f"| {line['guard']} | {line['differ']:,} of {line['gaps']:,} |"
-            f" {100 * exact / line['nonzero']:.2f} % | {line['one_above']:,} |"
+            f" {100 * exact / line['gaps']:.2f} % | {line['one_above']:,} |"
             f" {line['otherwise']:,} | {line['rises']:,} |"
         )
     return "\n".join(parts)

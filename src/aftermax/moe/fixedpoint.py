@@ -187,12 +187,12 @@ class ExpTables:
         exp(-g) = z / 2^guard
 
     Entries are rounded, products and the result are cut, and the bits of T and y that the smaller
-    factor pushes out are left out of the product. Measured on each of the 64 million g of Q10.22
-    that have an exponential: the result is that of `exp` or 1 unit of the last place above it,
+    factor pushes out are left out of the product. Measured on each of the 2^26 g of Q10.22
+    that the tables have a place for: the result is that of `exp` or 1 unit of the last place above it,
     never rises with g, and is above at
 
         guard          4          6        8       12     16   20   24   29   30
-        results  6585024    1669485   454266    32678   1925  116   12    1    0
+        results  6709232    1728925   464042    32678   1925  116   12    1    0
 
     so that 30 bits are what an exact exponential takes, and 8 give 99.3 % of one.
 
