@@ -172,8 +172,8 @@ class MultiTaskVisionTransformer(nn.Module):
         seed: of the weights. A matrix's numbers hang on seed and name alone, so that models which
             share it start alike. Linear layers begin as ViT's, normal(0, 0.02), smaller where a
             branch ends; experts and gates as `Experts` says: they are weighted by about 1/E at the
-            start, and would hardly learn from numbers as small. Patches and places begin at size
-            1 both: at 0.02, as in ViT, a place is lost beside its patch, and hundreds of steps pass
+            start, and would hardly learn from numbers as small. Places begin at 0.3, about what
+            a patch is: at ViT's 0.02 a place is lost beside its patch, and hundreds of steps pass
             before digits are told apart.
 
     Attention has biases, as published, sees all tokens and knows of no places but those added to
@@ -251,8 +251,6 @@ class MultiTaskVisionTransformer(nn.Module):
             if isinstance(part, nn.Linear):
                 ends = "to_out" in name
                 std = 0.02 / (2 * self.shape.layers) ** 0.5 if ends else 0.02
-                if part is self.to_patches:
-                    std = part.in_features**-0.5
                 generator = torch.Generator().manual_seed(drawn(name))
                 nn.init.normal_(part.weight, std=std, generator=generator)
                 if part.bias is not None and "gate" not in name:  # a gate's opens it
@@ -261,9 +259,9 @@ class MultiTaskVisionTransformer(nn.Module):
                 with torch.random.fork_rng([]):
                     torch.manual_seed(drawn(name))
                     part.reset_parameters()
-        for name in ("class_token", "places"):
+        for name, std in {"class_token": 0.02, "places": 0.3}.items():
             generator = torch.Generator().manual_seed(drawn(name))
-            nn.init.normal_(getattr(self, name), generator=generator)
+            nn.init.normal_(getattr(self, name), std=std, generator=generator)
 
     @property
     def tasks(self) -> tuple[str, ...]:
