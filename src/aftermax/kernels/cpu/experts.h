@@ -1,9 +1,9 @@
 // Experts, expert by expert: out = sum over a token's choices of weight (W2 gelu(W1 x + b1) + b2).
 //
-// The tokens of an expert are its queue; tokens and their hidden vectors are rows as they come, and so are the rows of
-// the weights: a product of both is W sums along the rows at once, which are added up across their lanes at the end. Nothing
-// is packed, no queue is filled up to a multiple of W, and a weight is read from memory once, while the next is asked for.
-// A token's choices are added up in their order: the result does not depend on the threads.
+// The tokens of an expert are its queue. W of them at a time lie across the lanes of a panel, and the rows of a weight are
+// broadcast as they come: weights are never packed, and read from memory once, while the next are asked for. What is left of
+// a queue, where a panel would be mostly empty, is multiplied along the rows, W sums at once, which are added up across
+// their lanes at the end. A token's choices are added up in their order: the result does not depend on the threads.
 #pragma once
 #include <math.h>
 
@@ -19,6 +19,12 @@ constexpr int DOT_ROWS = 4, DOT_TOKENS = W / DOT_ROWS;
 constexpr int64_t ROW_BYTES = 3072;
 // Tokens that a block of rows meets before it goes on to its next rows: as many as stay in the second cache beside it.
 constexpr int64_t MOST_TOKENS = 128, TOKEN_BYTES = 1 << 18;
+
+// Tokens of the rest of a queue from which on they have a panel of their own.
+constexpr int64_t WORTH_A_PANEL = W * 5 / 8;
+// Rows that are multiplied with panels at a time, and words of them.
+constexpr int64_t PANEL_ROWS = 8, PANEL_WORDS = 256;
+constexpr int64_t MOST_PANELS = MOST_TOKENS / W;
 
 // The tokens of each expert, one queue after another, in the order of the tokens.
 struct Queues {
@@ -168,27 +174,171 @@ static void dot_block(const T* w, int64_t w_step, int64_t rows, int64_t follow, 
   }
 }
 
-// Calls finish(row, rows, first, many, sums) for W_e x + b_e of every expert e: `rows` rows of the weight from `row` on, and
-// the queued tokens [first, first + many).
-template <class Words, class T, class X, class Finish>
+#if defined(AM_PAIRS)
+static inline F word_rounded(Pairs, F low, F high) { return pair_up(round_to_pairs(low), round_to_pairs(high)); }
+#endif
+static inline F word_rounded(Singles, F low, F) { return low; }
+
+// Whether rows of T are words as they lie, so that one can be broadcast.
+template <class Words, class T>
+constexpr bool IN_WORDS = sizeof(T) * Words::IN_WORD == sizeof(float);
+
+// Of each expert the panels of its queue: [word][W], token after token across the lanes, the last one filled up with 0.
+template <class Words, class T>
+struct Panels {
+  const Queues& q;
+  int64_t experts, words, *first;  // (experts + 1), of each expert its first panel
+  Scratch memory;
+
+  // depth 0: no panels.
+  Panels(const Queues& queues, int64_t experts_, int64_t depth) : q(queues), experts(experts_), words(depth / Words::IN_WORD) {
+    first = (int64_t*)calloc((size_t)(experts + 1), sizeof(int64_t));
+    for (int64_t e = 0; first && e < experts; ++e) {
+      int64_t n = depth > 0 && depth % Words::IN_WORD == 0 ? q.offsets[e + 1] - q.offsets[e] : 0;
+      first[e + 1] = first[e] + n / W + (n % W >= WORTH_A_PANEL ? 1 : 0);
+    }
+  }
+  ~Panels() { free(first); }
+  int64_t count(int64_t e) const { return first[e + 1] - first[e]; }
+  // Tokens of the queue that have a place in a panel.
+  int64_t covered(int64_t e) const { return least(count(e) * W, q.offsets[e + 1] - q.offsets[e]); }
+  float* panel(int64_t e, int64_t i) const { return memory.data + (first[e] + i) * words * W; }
+
+  bool any() const { return first && first[experts] > 0; }
+  bool make() { return first && (!any() || memory.grow(first[experts] * words * W)); }
+  void fill(const T* const* x, am_parallel with) {
+    if (!any()) return;
+    parallel(with, experts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e)
+        for (int64_t i = 0; i < count(e); ++i)
+          pack(x + q.offsets[e] + i * W, least(W, covered(e) - i * W), panel(e, i));
+    });
+  }
+  void pack(const T* const* x, int64_t tokens, float* out) {
+    for (int64_t k = 0; k < words; k += W) {
+      int64_t many = least(W, words - k);
+      F v[W];
+      for (int64_t t = 0; t < W; ++t)
+        v[t] = t < tokens ? load_part((const float*)(const void*)x[t] + k, (int)many, 0) : set1(0);
+      transpose(v);
+      for (int64_t i = 0; i < many; ++i) store(out + (k + i) * W, v[i]);
+    }
+  }
+};
+
+// out(row, token) of PANEL_ROWS rows and VECTORS panels over `words` of them, added to what is there or in its place.
+template <class Words, int VECTORS>
+static inline void panel_tile(const char* const* w, const float* panel, int64_t panel_step, int64_t words, const char* const* next,
+                              float* out, int64_t out_step, bool add) {
+  F sum[PANEL_ROWS][VECTORS];
+  for (auto& row : sum)
+    for (F& v : row) v = set1(0);
+  for (int64_t k = 0; k < words; ++k) {
+    if (next && k % 2 == 0) {  // a line of 16 words for each of the rows, two steps apart
+      int64_t line = k / 2;
+      prefetch_l2(next[line % PANEL_ROWS] + line / PANEL_ROWS * 64);
+    }
+    F right[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) right[j] = load(panel + j * panel_step + k * W);
+    for (int i = 0; i < PANEL_ROWS; ++i) {
+      float word;  // which may lie anywhere
+      memcpy(&word, w[i] + k * (int64_t)sizeof(word), sizeof(word));
+      F factor = set1(word);
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] = Words::add_product(factor, right[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < PANEL_ROWS; ++i)
+    for (int j = 0; j < VECTORS; ++j) {
+      float* to = out + i * out_step + j * W;
+      store(to, add ? load(to) + sum[i][j] : sum[i][j]);
+    }
+}
+
+// room(row, token), rows `panels` vectors apart, of up to ROW_BLOCK rows of w and some panels. `follow` rows come behind
+// them in memory.
+template <class Words, class T>
+static void panel_block(const T* w, int64_t w_step, int64_t rows, int64_t follow, const float* panel, int64_t panels, int64_t words,
+                        float* room) {
+  int64_t step = panels * W, panel_step = words * W;
+  auto word_at = [&](int64_t i, int64_t word) { return (const char*)(w + i * w_step) + word * (int64_t)sizeof(float); };
+  for (int64_t from = 0; from < words; from += PANEL_WORDS) {
+    int64_t many = least(PANEL_WORDS, words - from);
+    for (int64_t i = 0; i < rows; i += PANEL_ROWS) {
+      const char *row[PANEL_ROWS], *next[PANEL_ROWS];
+      // the next rows of these words, or these rows' next words, or the first of the rows that follow
+      int64_t then = i + PANEL_ROWS, word = from;
+      if (then >= rows && from + many < words) then = 0, word = from + many;
+      if (then >= rows && follow > 0) word = 0;
+      bool more = then < rows + follow;
+      for (int64_t r = 0; r < PANEL_ROWS; ++r) {
+        row[r] = word_at(least(i + r, rows - 1), from);
+        next[r] = more ? word_at(least(then + r, rows + follow - 1), word) : nullptr;
+      }
+      for (int64_t j = 0; j < panels;) {
+        const float* at = panel + j * panel_step + from * W;
+        float* to = room + i * step + j * W;
+        const char* const* ask = more && j == 0 ? next : nullptr;
+        if (panels - j == 1 || W < 16) {
+          panel_tile<Words, 1>(row, at, panel_step, many, ask, to, step, from > 0);
+          j += 1;
+        } else if (panels - j == 3) {
+          panel_tile<Words, 3>(row, at, panel_step, many, ask, to, step, from > 0);
+          j += 3;
+        } else {
+          panel_tile<Words, 2>(row, at, panel_step, many, ask, to, step, from > 0);
+          j += 2;
+        }
+      }
+    }
+  }
+}
+
+// room(row, token) as out(token, row), whose rows are ROW_BLOCK apart.
+static void turn(const float* room, int64_t rows, int64_t panels, float* out) {
+  for (int64_t j = 0; j < panels; ++j)
+    for (int64_t i = 0; i < rows; i += W) {
+      F v[W];
+      for (int64_t r = 0; r < W; ++r) v[r] = load(room + (i + r) * panels * W + j * W);
+      transpose(v);
+      for (int64_t t = 0; t < W; ++t) store(out + (j * W + t) * ROW_BLOCK + i, v[t]);
+    }
+}
+
+// Calls finish(place, row, lanes, sums) for `lanes` rows from `row` on of W_e x + b_e, of every expert e and its queue. Tokens
+// of panels come to across(e, panel, row, rows, sums, step, bias) before, across the lanes; those that it takes go no further.
+template <class Words, class T, class X, class Across, class Finish>
 static int each_product(const Queues& q, int64_t experts, const T* w, const int64_t* w_step, const void* bias, int64_t rows,
-                        int64_t depth, const X* const* x, am_parallel with, const Finish& finish) {
+                        int64_t depth, const X* const* x, const Panels<Words, X>& panels, am_parallel with, const Across& across,
+                        const Finish& finish) {
   int64_t blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK, bytes = depth * (int64_t)sizeof(X);
   int64_t chunk = most(DOT_TOKENS, least(MOST_TOKENS, TOKEN_BYTES / bytes / DOT_TOKENS * DOT_TOKENS));
-  return share(with, experts * blocks, MOST_TOKENS * ROW_BLOCK, [&](int64_t task, float* sums) {
-    int64_t e = task / blocks, row = task % blocks * ROW_BLOCK, many = least(rows - row, ROW_BLOCK);
+  return share(with, experts * blocks, 2 * MOST_TOKENS * ROW_BLOCK, [&](int64_t task, float* sums) {
+    int64_t e = task / blocks, row = task % blocks * ROW_BLOCK, many = least(rows - row, ROW_BLOCK), follow = rows - row - many;
     const T* from = w + e * w_step[0] + row * w_step[1];
-    float add[ROW_BLOCK] = {};
+    float add[ROW_BLOCK] = {}, *room = sums + MOST_TOKENS * ROW_BLOCK;
     if (bias)
       for (int64_t i = 0; i < many; ++i) add[i] = to_float(((const T*)bias)[e * rows + row + i]);
-    for (int64_t first = q.offsets[e]; first < q.offsets[e + 1]; first += chunk) {
-      int64_t tokens = least(chunk, q.offsets[e + 1] - first);
-      dot_block<Words>(from, w_step[1], many, rows - row - many, x + first, tokens, depth, sums);
+    auto finished = [&](int64_t first, int64_t tokens) {
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t i = 0; i < many; i += W) {
           int lanes = (int)least(many - i, W);
           finish(first + t, row + i, lanes, load(sums + t * ROW_BLOCK + i) + load(add + i));
         }
+    };
+    int64_t covered = panels.covered(e);
+    for (int64_t i = 0; i < panels.count(e); i += MOST_PANELS) {
+      int64_t some = least(MOST_PANELS, panels.count(e) - i);
+      panel_block<Words>(from, w_step[1], many, follow, panels.panel(e, i), some, panels.words, room);
+      bool taken = true;
+      for (int64_t j = 0; j < some; ++j) taken &= across(e, i + j, row, many, room + j * W, some * W, add);
+      if (taken) continue;
+      turn(room, many, some, sums);
+      finished(q.offsets[e] + i * W, least(some * W, covered - i * W));
+    }
+    for (int64_t first = q.offsets[e] + covered; first < q.offsets[e + 1]; first += chunk) {
+      int64_t tokens = least(chunk, q.offsets[e + 1] - first);
+      dot_block<Words>(from, w_step[1], many, follow, x + first, tokens, depth, sums);
+      finished(first, tokens);
     }
   });
 }
@@ -218,27 +368,49 @@ template <class Words, class T, class H>
 static int experts_as(const am_experts* a, am_parallel with) {
   Queues q;
   if (!q.make(*a)) return 1;
-  int64_t hidden_step = up_to(a->hidden, 2 * W), y_step = up_to(a->width, W);
-  Scratch hidden(q.pairs * hidden_step), y(q.pairs * y_step), memory(q.pairs * 4);
-  if (!hidden.data || !y.data || !memory.data) return 1;
+  Panels<Words, T> tokens(q, a->experts, IN_WORDS<Words, T> ? a->width : 0);
+  // these are filled from those
+  Panels<Words, H> hidden(q, a->experts, tokens.any() && IN_WORDS<Words, H> ? a->hidden : 0);
+  if (!tokens.make() || !hidden.make()) return 1;
+  int64_t hidden_step = up_to(a->hidden, 2 * W), y_step = up_to(a->width, W), alone = 0;
+  for (int64_t e = 0; e < a->experts; ++e) alone += q.offsets[e + 1] - q.offsets[e] - hidden.covered(e);
+  Scratch rows(alone * hidden_step), y(q.pairs * y_step), memory(q.pairs * 4);
+  if (!rows.data || !y.data || !memory.data) return 1;
   const T** x = (const T**)memory.data;
-  const H** h = (const H**)(x + q.pairs);
-  for (int64_t p = 0; p < q.pairs; ++p) {
-    x[p] = (const T*)a->x + q.token(p) * a->x_step;
-    h[p] = (const H*)hidden.data + p * hidden_step;
-  }
+  const H** h = (const H**)(x + q.pairs);  // null where hidden vectors are in a panel
+  alone = 0;
+  for (int64_t e = 0; e < a->experts; ++e)
+    for (int64_t p = q.offsets[e]; p < q.offsets[e + 1]; ++p) {
+      x[p] = (const T*)a->x + q.token(p) * a->x_step;
+      h[p] = p - q.offsets[e] < hidden.covered(e) ? nullptr : (const H*)rows.data + alone++ * hidden_step;
+    }
+  tokens.fill(x, with);
   if (a->saved) {  // rows that nothing was queued for
     int64_t rest = a->tokens * a->choices - q.pairs;
     memset(a->saved + q.pairs * a->hidden, 0, sizeof(float) * (size_t)(rest * a->hidden));
   }
-  int failed = each_product<Words>(
-      q, a->experts, (const T*)a->w1, a->w1_step, a->b1, a->hidden, a->width, x, with, [&](int64_t p, int64_t i, int lanes, F z) {
+  int failed = each_product(
+      q, a->experts, (const T*)a->w1, a->w1_step, a->b1, a->hidden, a->width, x, tokens, with,
+      [&](int64_t e, int64_t panel, int64_t row, int64_t many, const float* sums, int64_t step, const float* add) {
+        if (hidden.count(e) == 0) return false;
+        float* to = hidden.panel(e, panel) + row / Words::IN_WORD * W;
+        for (int64_t i = 0; i < many; i += Words::IN_WORD, to += W) {
+          constexpr int64_t LAST = Words::IN_WORD - 1;
+          F low = Gelu(load(sums + i * step) + set1(add[i])).value;
+          F high = LAST ? Gelu(load(sums + (i + LAST) * step) + set1(add[i + LAST])).value : low;
+          store(to, word_rounded(Words(), low, high));
+        }
+        return a->saved == nullptr;
+      },
+      [&](int64_t p, int64_t i, int lanes, F z) {
         if (a->saved) put(a->saved + p * a->hidden + i, z, lanes);
-        put((H*)hidden.data + p * hidden_step + i, Gelu(z).value, lanes);
+        if (h[p]) put((H*)h[p] + i, Gelu(z).value, lanes);
       });
   if (failed) return failed;
-  failed = each_product<Words>(q, a->experts, (const T*)a->w2, a->w2_step, a->b2, a->width, a->hidden, h, with,
-                               [&](int64_t p, int64_t i, int, F v) { store(y.data + p * y_step + i, v); });
+  failed = each_product(
+      q, a->experts, (const T*)a->w2, a->w2_step, a->b2, a->width, a->hidden, h, hidden, with,
+      [](int64_t, int64_t, int64_t, int64_t, const float*, int64_t, const float*) { return false; },
+      [&](int64_t p, int64_t i, int, F v) { store(y.data + p * y_step + i, v); });
   if (failed) return failed;
   add_choices(*a, q, y.data, y_step, (T*)a->out, a->weights, with);
   return 0;

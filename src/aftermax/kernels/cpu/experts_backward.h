@@ -83,9 +83,7 @@ template <class T>
 static inline F word_of(Pairs, const T* low, const T* high, int64_t i, int lanes) {
   return pair_up(low ? load_lanes(low + i, lanes, 0) : set1(0), high ? load_lanes(high + i, lanes, 0) : set1(0));
 }
-static inline F word_rounded(Pairs, F low, F high) { return pair_up(round_to_pairs(low), round_to_pairs(high)); }
 #endif
-static inline F word_rounded(Singles, F low, F) { return low; }
 
 template <class Words, class T>
 struct ExpertsBackward {
