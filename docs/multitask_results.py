@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -18,6 +16,7 @@ from aftermax.lab.verdicts import POINT
 
 STANDARD = Path(__file__).parent / "results" / "experts.parquet"
 UNBALANCED = STANDARD.with_name("experts_unbalanced.parquet")
+UNTRAINED = STANDARD.with_name("experts_untrained.parquet")
 ICONS = STANDARD.with_name("experts_icons.parquet")
 OURS = "experts/softmax"
 TOWERS = ("dense", "large", "wide")
@@ -59,37 +58,24 @@ def _told(told: tuple[float, float] | None) -> tuple[str, str]:
 
 
 def use() -> str:
-    """Whether questions take experts of their own, with the balancing loss and without."""
-    lines = [
-        "| | layer | experts in use, a question | use shared (%) | choices shared (%) |",
-        "| --- | --: | --: | --: | --: |",
+    """Whether questions take experts of their own: at random, with the balancing loss, without."""
+    ways = {"one step": UNTRAINED, "balanced": STANDARD, "not balanced": UNBALANCED}
+    found = {name: Results.of_parquet(path) for name, path in ways.items() if path.exists()}
+    work = found["balanced"].work
+    shown = [(f"{q}: experts in use", f"{q}_experts", 1, 1) for q in work.questions]
+    shown += [
+        ("use shared (%)", "shared_use", 100, 1),
+        ("choices shared (%)", "same_choices", 100, 1),
     ]
-    for path in (STANDARD, UNBALANCED):
-        if not path.exists():
-            continue
-        results = Results.of_parquet(path)
-        work = results.work
-        for layer in range(work.layers // 2):
-            shares = [_shares(results, question, layer) for question in work.questions]
-            in_use = np.mean([(s >= 0.1 / work.experts).sum(1) for s in shares])
-            shared = 100 * np.minimum(*shares[:2]).sum(1)
-            same = results.at(OURS, "same_choices", 1)
-            told = "" if layer or same is None else same.times(100).text(1)
-            lines.append(
-                f"| balance {work.balance:g} | {2 * layer + 1} | {in_use:.1f} of {work.experts} | "
-                f"{shared.mean():.0f} ± {shared.std(ddof=1):.0f} | {told} |"
-            )
+    shown += [(label, measure, 100, 1) for label, measure in answers(found["balanced"])]
+    lines = [f"| | {' | '.join(label for label, *_ in shown)} |", f"| --- |{' --: |' * len(shown)}"]
+    for name, results in found.items():
+        cells = []
+        for _, measure, factor, digits in shown:
+            spread = results.at(OURS, measure, 1)
+            cells.append("–" if spread is None else spread.times(factor).text(digits))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _shares(results: Results, question: str, layer: int) -> np.ndarray:
-    """(seeds, experts)"""
-    work = results.work
-    of_expert = [
-        results.seeds_of(OURS, f"{question}_share_{layer}_{expert}", work.context)
-        for expert in range(work.experts)
-    ]
-    return np.array([[by_seed[seed] for by_seed in of_expert] for seed in sorted(of_expert[0])])
 
 
 def icons() -> str:
@@ -100,10 +86,6 @@ def icons() -> str:
     for row in rows:
         lines.append(f"| {' | '.join(f'**{c.text}**' if c.best else c.text for c in row)} |")
     return "\n".join([*lines, "", reach(ICONS)])
-
-
-def command(path: Path) -> Callable[[], str]:
-    return lambda: f"    aftermax compare {Results.of_parquet(path).preset}"
 
 
 def figure() -> Figure:
