@@ -354,6 +354,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
         multitask_results.STANDARD, lambda: multitask_results.reach(multitask_results.STANDARD)
     ),
     "multitask-use": measured(multitask_results.UNBALANCED, multitask_results.use),
+    "multitask-fixed": measured(multitask_results.STANDARD, multitask_results.fixed),
     "multitask-icons": measured(multitask_results.ICONS, multitask_results.icons),
     "multitask-verdicts": compared(multitask_results.STANDARD, verdicts),
     "multitask-tables": compared(multitask_results.STANDARD, all_tables),

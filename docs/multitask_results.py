@@ -9,7 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from aftermax.lab.data.pictures import DENSE, prepare
-from aftermax.lab.experts_page import ANSWERS, answers
+from aftermax.lab.experts_page import ANSWERS, FIXED, answers
+from aftermax.lab.page import Cell
 from aftermax.lab.report import tables
 from aftermax.lab.results import Results
 from aftermax.lab.verdicts import POINT
@@ -81,11 +82,20 @@ def use() -> str:
 def icons() -> str:
     """Answers about icons, in the same form as the report's."""
     results = Results.of_parquet(ICONS)
-    columns, rows = tables(results)[ANSWERS]
+    return f"{_written(*tables(results)[ANSWERS])}\n\n{reach(ICONS)}"
+
+
+def fixed() -> str:
+    """The answers of the models on softmax in Edge-MoE's numbers."""
+    found = tables(Results.of_parquet(STANDARD))
+    return _written(*found[FIXED]) if FIXED in found else "Not measured yet."
+
+
+def _written(columns: list[str], rows: list[list[Cell]]) -> str:
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' --: |' * (len(columns) - 1)}"]
     for row in rows:
         lines.append(f"| {' | '.join(f'**{c.text}**' if c.best else c.text for c in row)} |")
-    return "\n".join([*lines, "", reach(ICONS)])
+    return "\n".join(lines)
 
 
 def figure() -> Figure:
