@@ -62,11 +62,11 @@ def look(entry: Any) -> dict[str, Any]:
 
 
 def _look_of_tower(entry: ExpertsArm) -> dict[str, Any]:
-    """With experts the system's colour, without a grey that darkens with the FLOPs; dashes and a
+    """With experts the system's colour, without a red that darkens with the FLOPs; dashes and a
     hollow marker where a model has one question alone."""
     place = [e.name for e in CATALOGUE].index(entry.entry.name)
-    greys = {"dense": "#AAAAAA", "wide": "#222222", "large": "#777777"}
-    own = greys.get(entry.feed, colour(entry.entry.name))
+    reds = {"dense": "#E08070", "large": "#B2182B", "wide": "#5C0A14"}
+    own = reds.get(entry.feed, colour(entry.entry.name))
     return {
         "color": own,
         "marker": {"wide": ">", "large": "<"}.get(entry.feed, MARKERS[place % len(MARKERS)]),
