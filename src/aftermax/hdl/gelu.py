@@ -111,7 +111,7 @@ class NearestGelu(_Gelu):
     """The nearest entry of a table that is fine enough without lines: `aftermax.moe.nearest_gelu`.
 
     Args:
-        form, step, limit, fraction: as there; by default the smallest table of the paper's error.
+        form, step, limit, fraction: as there; by default a table of the paper's error.
 
     Ports: the streams `x` and `out` of numbers.
     """
