@@ -34,6 +34,7 @@
     aftermax export --out aftermax-rates --to docs/results/rates.parquet
     aftermax compare standard --task experts --out aftermax-experts
     aftermax export --out aftermax-experts --to docs/results/experts.parquet
+    (docs/multitask.md has the commands of experts_icons, experts_unbalanced, experts_untrained)
     make figures
 
 What stands between `<!-- name -->` and `<!-- /name -->` in README.md and docs/*.md is written here;
