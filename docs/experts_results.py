@@ -38,7 +38,8 @@ def experts_speed() -> str:
         missed = x["size"] != "Edge-MoE" and x["peers"][x["fastest"]]["ratio"] < ASKED
         mark = "*" if missed else "**"
         cells[place] = f"{mark}{cells[place]}{mark}"
-        bound = ", ".join(f"{share:.2f}" for share in x.get("of_bound", {}).values()) or "–"
+        shares = x.get("of_bound", {}) if x["threads"] == 1 else {}
+        bound = ", ".join(f"{share:.2f}" for share in shares.values()) or "–"
         lines.append(
             f"| {x['size']} | {x['dtype']} | {WAYS[x['way']]} | {x['threads']} | "
             f"{' | '.join(cells)} | {bound} |"
@@ -77,6 +78,16 @@ def experts_lengths() -> str:
             for threads in (1, 2)
         ]
         lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def experts_kept() -> str:
+    """grouped_mm's time over ours with the backward pass, where memory is kept."""
+    found = {(x["size"], x["dtype"], x["threads"]): x for x in _section(SPEED, "kept")}
+    lines = ["| layer | dtype | 1 thread | 2 |", "| --- | --- | --: | --: |"]
+    for size, dtype in dict.fromkeys((size, dtype) for size, dtype, _ in found):
+        cells = [_ratio(found[size, dtype, n]["peers"]["grouped_mm"]) for n in (1, 2)]
+        lines.append(f"| {size} | {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

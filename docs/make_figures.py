@@ -228,6 +228,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
             "speed": experts_results.experts_speed,
             "lengths": experts_results.experts_lengths,
             "bytes": experts_results.experts_bytes,
+            "kept": experts_results.experts_kept,
             "machine": lambda: kernel_results.machine(experts_results.SPEED),
         }.items()
     },
