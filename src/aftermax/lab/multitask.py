@@ -111,7 +111,8 @@ class Shape:
 
         Args:
             target: of the task.
-            linear: attention keeps a state of d x d for each head in place of T x T weights.
+            linear: attention keeps a state of d x d for each head in place of T x T weights. A
+                system of wider features (cosFormer's are twice as many) takes more than is counted.
         """
         tokens, d, area = self.tokens, self.width, self.patch**2
         mixing = 4 * tokens * d * (d // self.heads if linear else tokens)
