@@ -172,7 +172,8 @@ static inline F sums_by_lane(const F* v) {
   return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
 }
 
-// 1 / a to 1 ULP for a in [1, 2], and as near at other exponents: an estimate of 14 bits and one step of Newton's, which is less than a division.
+// 1 / a to 1 ULP for a in [1, 2], and as near at other exponents: an estimate of 14 bits and one step of Newton's, which
+// is less than a division.
 static inline F reciprocal(F a) {
   F r = {_mm512_rcp14_ps(a.v)};
   return {_mm512_fmadd_ps(_mm512_fnmadd_ps(a.v, r.v, _mm512_set1_ps(1)), r.v, r.v)};
