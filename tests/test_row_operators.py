@@ -5,13 +5,15 @@ import torch
 from torch.testing import assert_close
 
 from aftermax import cross_entropy, linear_cross_entropy, log_softmax, logsumexp, softmax
-from aftermax.kernels import attention_ops, linear_ops, ops, selection_ops
+from aftermax.kernels import attention_ops, expert_ops, linear_ops, ops, selection_ops
 
 from .native import needs_kernels
 from .row_cases import normal
 
 ELSEWHERE = {
-    name for family in (attention_ops, linear_ops, selection_ops) for name in family.schemas()
+    name
+    for family in (attention_ops, expert_ops, linear_ops, selection_ops)
+    for name in family.schemas()
 }
 
 # parts of torch that are imported at their first use warn of other parts of torch
@@ -173,8 +175,8 @@ def operator_samples():
     }
 
 
-# those of attention, of the linear walk and of selection are checked in
-# test_attention_operators.py, test_linear_walk.py and test_sparsek.py
+# those of attention, of experts, of the linear walk and of selection are checked in
+# test_attention_operators.py, test_moe_kernels.py, test_linear_walk.py and test_sparsek.py
 @pytest.mark.parametrize("name", [name for name in ops.TABLE if name not in ELSEWHERE])
 @needs_kernels
 def test_torch_finds_nothing_wrong_with_the_operator(name):
