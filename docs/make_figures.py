@@ -46,7 +46,7 @@ from __future__ import annotations
 import argparse
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import closeness_results
@@ -196,6 +196,14 @@ def machine_of(path: Path) -> Callable[[Results], str]:
     return measured(path, lambda: kernel_results.machine(path))
 
 
+def blocks(
+    prefix: str, path: Path, named: Mapping[str, Callable[[], str]]
+) -> dict[str, Callable[[Results], str]]:
+    """PREFIX-NAME for each of what one file of results gives, and PREFIX-machine."""
+    found = {f"{prefix}-{name}": measured(path, block) for name, block in named.items()}
+    return {f"{prefix}-machine": machine_of(path)} | found
+
+
 def compared(path: Path, block: Callable[[Results], str]) -> Callable[[Results], str]:
     """From the rows of another comparison."""
     return lambda _: block(Results.of_parquet(path)) if path.exists() else "Not measured yet."
@@ -221,25 +229,26 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "closeness-search": measured(closeness_results.CLOSENESS, closeness_results.search),
     "closeness-machine": machine_of(closeness_results.CLOSENESS),
     "curvature-proof": measured(closeness_results.CURVATURE, closeness_results.proof),
-    **{
-        f"experts-{name}": measured(experts_results.SPEED, block)
-        for name, block in {
+    **blocks(
+        "experts",
+        experts_results.SPEED,
+        {
             "summary": experts_results.experts_summary,
             "speed": experts_results.experts_speed,
             "lengths": experts_results.experts_lengths,
             "bytes": experts_results.experts_bytes,
             "kept": experts_results.experts_kept,
-            "machine": lambda: kernel_results.machine(experts_results.SPEED),
-        }.items()
-    },
-    **{
-        f"fixed-{name}": measured(experts_results.FIXED_POINT, block)
-        for name, block in {
+        },
+    ),
+    **blocks(
+        "fixed",
+        experts_results.FIXED_POINT,
+        {
             "gelu": experts_results.gelu_table,
             "softmax": experts_results.fixed_softmax,
             "equal": experts_results.equal_scores,
-        }.items()
-    },
+        },
+    ),
     "linear-targets": measured(linear_results.LINEAR, linear_results.linear_targets),
     "linear-exponents": measured(linear_results.LINEAR, linear_results.linear_exponents),
     "linear-crossing": measured(linear_results.LINEAR, linear_results.linear_crossing),
@@ -248,27 +257,27 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
         linear_results.LINEAR, lambda: kernel_results.machine(linear_results.LINEAR)
     ),
     "caches": lambda _: caches(),
-    **{
-        f"sparsek-{name}": measured(sparsek_results.SPARSEK, block)
-        for name, block in {
+    **blocks(
+        "sparsek",
+        sparsek_results.SPARSEK,
+        {
             "time": sparsek_results.sparsek_time,
             "fits": sparsek_results.sparsek_fits,
             "decode": sparsek_results.sparsek_decode,
             "selection": sparsek_results.sparsek_selection,
-            "machine": lambda: kernel_results.machine(sparsek_results.SPARSEK),
-        }.items()
-    },
-    **{
-        f"longvq-{name}": measured(longvq_results.LONGVQ, block)
-        for name, block in {
+        },
+    ),
+    **blocks(
+        "longvq",
+        longvq_results.LONGVQ,
+        {
             "recall": longvq_results.longvq_recall,
             "gap": longvq_results.longvq_largest_gap,
             "time": longvq_results.longvq_time,
             "state": longvq_results.longvq_state,
             "perplexity": longvq_results.longvq_perplexity,
-            "machine": lambda: kernel_results.machine(longvq_results.LONGVQ),
-        }.items()
-    },
+        },
+    ),
     "soft-topk-operators": measured(labels_results.SOFT_TOPK, labels_results.soft_topk_operators),
     "soft-topk-lengths": measured(labels_results.SOFT_TOPK, labels_results.soft_topk_lengths),
     "soft-topk-machine": measured(
@@ -296,10 +305,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
             "distilled": hf_results.distilled,
         }.items()
     },
-    **{
-        f"hardware-{name}": measured(hardware_results.HARDWARE, block)
-        for name, block in hardware_results.BLOCKS.items()
-    },
+    **blocks("hardware", hardware_results.HARDWARE, hardware_results.BLOCKS),
     "injectivity": lambda _: studies.injectivity_table(),
     "mqar": lambda _: studies.mqar_page(),
     "recurformer-base": measured(recurformer_results.RECURFORMER, recurformer_results.base),
@@ -312,22 +318,19 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "recurformer-orders": measured(recurformer_results.RECURFORMER, recurformer_results.orders),
     "recurformer-smol": measured(recurformer_results.RECURFORMER, recurformer_results.smol),
     "recurformer-machine": machine_of(recurformer_results.RECURFORMER),
-    **{
-        f"regression-{name}": measured(regression_results.REGRESSION, block)
-        for name, block in {
+    **blocks(
+        "regression",
+        regression_results.REGRESSION,
+        {
             "cases": regression_results.cases,
             "losses": regression_results.losses,
             "minima": regression_results.minima,
             "times": regression_results.times,
             "batches": regression_results.batches,
-            "machine": lambda: kernel_results.machine(regression_results.REGRESSION),
-        }.items()
-    },
+        },
+    ),
     "needle": lambda _: studies.needle_page(),
-    **{
-        f"in-context-{name}": measured(in_context_results.IN_CONTEXT, block)
-        for name, block in in_context_results.BLOCKS.items()
-    },
+    **blocks("in-context", in_context_results.IN_CONTEXT, in_context_results.BLOCKS),
     "row-targets": lambda _: kernel_results.row_targets(("avx512",)),
     "row-targets-all": lambda _: kernel_results.row_targets(("avx512", "avx2")),
     "row-algorithms": lambda _: kernel_results.row_algorithms(),

@@ -169,13 +169,14 @@ def evaluate(
     images = pictures.normed(asked.images)
     found: dict[str, float] = {}
     linear = getattr(model.blocks[0].attend.system, "fixed_size", False)  # type: ignore[union-attr]
+    has_fixed = refusal(model) is None
     routed: dict[str, list[Routing]] = {}
     for question, target in model.targets.items():
         logits, routed[question] = answered(model, images, question)
         for name, value in scores(logits, asked.answers[question]).items():
             found[f"{question}_{name}"] = value
         found[f"{question}_flops"] = model.shape.flops(target, linear)
-        if refusal(model) is None:
+        if has_fixed:
             found |= in_fixed_point(model, pictures, asked, question, logits)
     found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     found["bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -188,13 +188,13 @@ class ExpTables:
 
     Entries are rounded, products and the result are cut, and the bits of T and y that the smaller
     factor pushes out are left out of the product. Measured on each of the 2^26 g of Q10.22
-    that the tables have a place for: the result is that of `exp` or 1 unit of the last place above
-    it, never rises with g, and is above at
+    that the tables have a place for (benchmarks/hardware.py): the result is that of `exp` or 1 unit
+    of the last place above it, never rises with g, and is above at
 
-        guard          4          6        8       12     16   20   24   29   30
-        results  6709232    1728925   464042    32678   1925  116   12    1    0
+        guard          4         8    30
+        results  6709232    464042     0
 
-    so that 30 bits are what an exact exponential takes, and 8 give 99.3 % of one.
+    so that 8 bits give 99.3 % of an exact exponential, and 30 one that is exact.
 
     Args:
         form: its fraction is that of g and of the result; signed or not does not matter.

@@ -142,8 +142,7 @@ def nearest_gelu(
 
     Its error is that of the table with lines only at a far finer step, as half a step times the
     slope of delta, up to 1/2, is missed: step / 4 + 2^-(fraction + 1), or delta(limit). By default
-    it is the smallest such table that we found as near to gelu as the paper's: 16,673 entries of
-    12 bits, an error of 9.6e-5.
+    it is as near to gelu as the paper's: 16,673 entries of 12 bits, an error of 9.6e-5.
 
     Args:
         x: int64 raw values of `form`.
