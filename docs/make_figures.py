@@ -199,9 +199,8 @@ def machine_of(path: Path) -> Callable[[Results], str]:
 def blocks(
     prefix: str, path: Path, named: Mapping[str, Callable[[], str]]
 ) -> dict[str, Callable[[Results], str]]:
-    """PREFIX-NAME for each of what one file of results gives, and PREFIX-machine."""
-    found = {f"{prefix}-{name}": measured(path, block) for name, block in named.items()}
-    return {f"{prefix}-machine": machine_of(path)} | found
+    """PREFIX-NAME for each of what one file of results gives."""
+    return {f"{prefix}-{name}": measured(path, block) for name, block in named.items()}
 
 
 def compared(path: Path, block: Callable[[Results], str]) -> Callable[[Results], str]:
@@ -229,6 +228,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "closeness-search": measured(closeness_results.CLOSENESS, closeness_results.search),
     "closeness-machine": machine_of(closeness_results.CLOSENESS),
     "curvature-proof": measured(closeness_results.CURVATURE, closeness_results.proof),
+    "experts-machine": machine_of(experts_results.SPEED),
     **blocks(
         "experts",
         experts_results.SPEED,
@@ -257,6 +257,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
         linear_results.LINEAR, lambda: kernel_results.machine(linear_results.LINEAR)
     ),
     "caches": lambda _: caches(),
+    "sparsek-machine": machine_of(sparsek_results.SPARSEK),
     **blocks(
         "sparsek",
         sparsek_results.SPARSEK,
@@ -267,6 +268,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
             "selection": sparsek_results.sparsek_selection,
         },
     ),
+    "longvq-machine": machine_of(longvq_results.LONGVQ),
     **blocks(
         "longvq",
         longvq_results.LONGVQ,
@@ -318,6 +320,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "recurformer-orders": measured(recurformer_results.RECURFORMER, recurformer_results.orders),
     "recurformer-smol": measured(recurformer_results.RECURFORMER, recurformer_results.smol),
     "recurformer-machine": machine_of(recurformer_results.RECURFORMER),
+    "regression-machine": machine_of(regression_results.REGRESSION),
     **blocks(
         "regression",
         regression_results.REGRESSION,
